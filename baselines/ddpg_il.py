@@ -1,0 +1,388 @@
+"""DDPG+IL: DDPG with a conventional imitation loss, what GILD is compared with (Eq. 3).
+
+`diff baselines/ddpg.py baselines/ddpg_il.py` shows the imitation term.
+
+    Eq. (2)        L_RL, the vanilla actor's loss             rl_loss
+    Eq. (3)        L_IL, conventional imitation, and w_rl     il_loss, rl_weight
+    Eq. (5)        critic step, vanilla DDPG's                critic_loss
+
+    python -m baselines.ddpg_il --env-id Hopper-v4
+"""
+
+import json
+import os
+import sys
+import time
+import warnings
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = "ddpg_il"  # the name of this experiment
+    seed: int = 1  # of networks, environment, exploration and replay
+    torch_deterministic: bool = True  # only PyTorch's deterministic kernels
+    cuda: bool = True  # run on the GPU if there is one
+    torch_threads: int = 1  # CPU threads of PyTorch
+    track: bool = False  # log to Weights & Biases too (needs the wandb package)
+    wandb_project_name: str = "gild"  # the project there
+    wandb_entity: str | None = None  # the entity (team) there
+    capture_video: bool = False  # training episodes as runs/<run>/videos (needs the moviepy package)
+    save_model: bool = True  # write the actor to runs/<run>/policy.pt at every evaluation
+    keep_policies: bool = False  # keep the actor of every evaluation, as runs/<run>/policies/<step>.pt
+    eval_frequency: int = 5_000  # environment steps from one evaluation to the next
+    eval_episodes: int = 10  # episodes in an evaluation
+
+    env_id: str = "Hopper-v4"  # a Gymnasium id with Box observations and actions; Point2D-v0 needs envs/
+    dense: bool = False  # train on the task's own dense reward
+    sparse_threshold: float | None = None  # metres along x before any reward [default: by task]
+    total_timesteps: int = 1_000_000  # environment steps of the run
+    learning_rate: float = 3e-4  # alpha: of actor and critic
+    buffer_size: int = 1_000_000  # transitions that the replay buffer D holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate at which the target networks follow
+    batch_size: int = 256  # N: of transitions, and of demonstrations
+    learning_starts: int = 10_000  # steps with random actions before the first update
+    exploration_noise: float = 0.1  # std of the exploration noise (1 is half the action box)
+
+    demo_path: str | None = None  # demonstrations D_dem, .npz [default: those shipped for task and algorithm]
+    il_beta: float = 2.5  # beta in w_rl = beta / mean |Q|, the weight of RL in RL+IL
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave, told in one line."""
+
+
+# ENVIRONMENT
+
+SPARSE_THRESHOLDS = {"Hopper": 1.0, "Walker2d": 1.0, "HalfCheetah": 2.0, "Ant": 1.0}  # metres along +x
+
+
+class SparseReward(gym.Wrapper):
+    """The task's own reward while the agent is more than `threshold` metres ahead of its start, else 0."""
+
+    def __init__(self, env: gym.Env, threshold: float):
+        super().__init__(env)
+        self.threshold = threshold
+        self.x_init = float(getattr(env.unwrapped, "init_qpos", [0.0])[0])  # the model's, not the episode's
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        ahead = info["x_position"] - self.x_init > self.threshold
+        return obs, reward if ahead else 0.0, terminated, truncated, info
+
+
+def task_name(env_id: str) -> str:
+    """`Hopper` of `Hopper-v4`, `Point2D` of `envs:Point2D-v0`."""
+    return env_id.split(":")[-1].rsplit("-v", 1)[0]
+
+
+def make_env(args: Args, training: bool, render_mode: str | None = None) -> gym.Env:
+    """The task: sparse for training (its own reward with --dense), its own reward for evaluation."""
+    task = task_name(args.env_id)
+    kwargs = {"use_contact_forces": True} if args.env_id == "Ant-v4" else {}  # |S| = 111, as in the paper
+    if task == "Point2D" and training and args.dense:
+        kwargs["reward"] = "dense"
+    env_id = "envs:Point2D-v0" if args.env_id == "Point2D-v0" else args.env_id
+    # Gymnasium and MuJoCo deprecate the -v4 tasks whenever one is made; whatever else they say is passed on
+    mujoco_warning = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(text, file=sys.stderr))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
+            env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    finally:
+        mujoco.set_mju_user_warning(mujoco_warning)
+    spaces = env.observation_space, env.action_space
+    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    if not vectors or not env.action_space.is_bounded():
+        raise InputError(f"{args.env_id} has {spaces}, but must have vectors in a Box, the actions' bounded")
+    threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
+    if training and not args.dense and threshold is not None:
+        env = SparseReward(env, threshold)
+    return env
+
+
+# BUFFERS
+
+
+class ReplayBuffer:
+    """D: a ring of transitions; a row is (s, a, r, s', terminated) in float32."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)
+        self.added = 0
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
+
+    def sample(self, batch_size: int):
+        """obs (N, |S|), action (N, |A|), reward (N, 1), next_obs (N, |S|), terminated (N, 1)"""
+        filled = min(self.added, len(self.rows))
+        index = torch.randint(filled, (batch_size,), device=self.rows.device)
+        return self.rows[index].split(self.widths, dim=1)
+
+
+class DemonstrationBuffer:
+    """D_dem: the pairs (s_d, a_d) of a demonstration file. Raises InputError if they don't fit the task."""
+
+    def __init__(self, path: Path, env_id: str, env: gym.Env, device: torch.device):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                obs, actions = np.float32(file["observations"]), np.float32(file["actions"])
+                task = task_name(json.loads(str(file["metadata"]))["env_id"])
+        except Exception as error:  # a missing, damaged or foreign file fails in a dozen ways
+            raise InputError(f"no demonstrations in {path} ({error!r}); --demo-path names a file") from None
+        pairs = obs.shape[:1]
+        shapes = [pairs + env.observation_space.shape, pairs + env.action_space.shape]
+        low, high = env.action_space.low - 1e-6, env.action_space.high + 1e-6
+        if task != task_name(env_id):
+            raise InputError(f"{path} has demonstrations of {task}, not of {task_name(env_id)}")
+        if pairs == (0,) or [obs.shape, actions.shape] != shapes:
+            raise InputError(f"{path} has arrays of {obs.shape} and {actions.shape}, not of {shapes}")
+        if not (np.isfinite(obs).all() and ((low <= actions) & (actions <= high)).all()):
+            raise InputError(f"{path} has observations that are not finite or actions outside of the box")
+        self.obs, self.actions = torch.from_numpy(obs).to(device), torch.from_numpy(actions).to(device)
+
+    def sample(self, batch_size: int):
+        """s_d (N, |S|), a_d (N, |A|)"""
+        index = torch.randint(len(self.obs), (batch_size,), device=self.obs.device)
+        return self.obs[index], self.actions[index]
+
+
+# ALGO LOGIC: networks
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    hidden = 256
+    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
+
+
+class Actor(nn.Module):
+    """phi: (N, |S|) -> (N, |A|), inside the action box."""
+
+    def __init__(self, obs_dim: int, action_space: gym.spaces.Box):
+        super().__init__()
+        self.net = mlp(obs_dim, action_space.shape[0])
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+
+    def forward(self, obs):
+        return torch.tanh(self.net(obs)) * self.action_scale + self.action_bias
+
+
+class Critic(nn.Module):
+    """theta: the action value Q: (N, |S|), (N, |A|) -> (N, 1)."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(obs_dim + action_dim, 1)
+
+    def forward(self, obs, action):
+        return self.net(torch.cat([obs, action], 1))
+
+
+# ALGO LOGIC: losses and gradients, in the paper's order
+
+
+def critic_loss(critic, target_critic, target_actor, batch, gamma):
+    """Eq. (5) with target networks. Also returns Q."""
+    obs, action, reward, next_obs, terminated = batch
+    with torch.no_grad():
+        next_q = target_critic(next_obs, target_actor(next_obs))
+        target = reward + (1 - terminated) * gamma * next_q
+    q = critic(obs, action)
+    return F.mse_loss(q, target), q
+
+
+def rl_loss(actor, critic, obs):
+    """Eq. (2): L_RL(phi) = -mean Q(s, phi(s))."""
+    return -critic(obs, actor(obs)).mean()
+
+
+def il_loss(action, demo_action):
+    """Eq. (3): L_IL(phi) = mean (phi(s_d) - a_d)^2, given the actor's `action` = phi(s_d)."""
+    return F.mse_loss(action, demo_action)
+
+
+def rl_weight(q, il_beta):
+    """Eq. (3): w_rl = beta / mean |Q(s, a)|. Sparse rewards may leave Q at 0 for long, hence the floor."""
+    return il_beta / q.detach().abs().mean().clamp(min=1e-6)
+
+
+def gradient(loss, params, **kwargs):
+    """The gradient of `loss` for a dict of parameters, as a dict. No other parameter is touched."""
+    return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
+
+
+def step(optimizer, module, grad):
+    """One step of the optimizer along a gradient given by parameter name."""
+    for name, parameter in module.named_parameters():
+        parameter.grad = grad[name]
+    optimizer.step()
+
+
+# EVALUATION and files
+
+
+def act(actor, obs):
+    """The deterministic policy, NumPy to NumPy: (..., |S|) -> (..., |A|)."""
+    with torch.no_grad():
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=actor.action_scale.device)
+        return actor(obs).numpy(force=True)
+
+
+def evaluate(actor, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
+    """The undiscounted return of one episode in each of the E environments, (E,)."""
+    obs, _ = envs.reset(seed=seed)
+    returns, running = np.zeros(envs.num_envs), np.full(envs.num_envs, True)
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(act(actor, obs))
+        returns += reward * running
+        running &= ~(terminated | truncated)
+    return returns
+
+
+def save_policy(path: Path, actor, args: Args, global_step: int):
+    """Writes the actor's weights, atomically; `torch.load(path, weights_only=True)` reads them."""
+    path.parent.mkdir(exist_ok=True)
+    about = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed}
+    policy = {"actor": actor.state_dict(), "global_step": global_step, **about}
+    torch.save(policy, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def make_run_dir(args: Args) -> Path:
+    """A new runs/<task>__<experiment>__<seed>__<time>, with args.json and the head of evaluations.csv."""
+    env_id = args.env_id.replace(":", "-").replace("/", "-")
+    run_dir = Path("runs", f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    while run_dir.exists():  # begun in the same second
+        run_dir = run_dir.with_name(run_dir.name + "x")
+    run_dir.mkdir(parents=True)
+    versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
+    (run_dir / "args.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
+    (run_dir / "evaluations.csv").write_text("global_step,return_mean,return_std\n")
+    return run_dir
+
+
+def train(args: Args) -> Path:
+    """One run. Returns its folder."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.torch_threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill the whole replay buffer
+
+    env = make_env(args, training=True, render_mode="rgb_array" if args.capture_video else None)
+    eval_envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=False)] * args.eval_episodes)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    demo_path = args.demo_path or Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-ddpg.npz"
+    demonstrations = DemonstrationBuffer(demo_path, args.env_id, env, device)
+
+    run_dir = make_run_dir(args)
+    print(f"{run_dir} on {device}")
+    if args.track:
+        import wandb
+
+        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"))
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    env.action_space.seed(args.seed)
+    actor = Actor(obs_dim, env.action_space).to(device)
+    critic = Critic(obs_dim, action_dim).to(device)
+    target_actor, target_critic = deepcopy(actor), deepcopy(critic)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+
+    start_time = time.time()
+    obs, _ = env.reset(seed=args.seed)
+    progress = tqdm(range(1, args.total_timesteps + 1), unit=" steps", mininterval=1, disable=None)
+    for global_step in progress:
+        # ALGO LOGIC: act
+        if global_step <= args.learning_starts:
+            action = env.action_space.sample()
+        else:
+            low, high = env.action_space.low, env.action_space.high
+            noise = rng.normal(0, args.exploration_noise * (high - low) / 2)
+            action = (act(actor, obs) + noise).clip(low, high).astype(np.float32)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated)  # a time limit ends no task: only `terminated`
+        obs = next_obs
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
+            writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
+            obs, _ = env.reset()
+
+        # ALGO LOGIC: learn
+        iteration = global_step - args.learning_starts
+        if iteration > 0:
+            batch = buffer.sample(args.batch_size)
+            qf_loss, q = critic_loss(critic, target_critic, target_actor, batch, args.gamma)
+            critic_optimizer.zero_grad()
+            qf_loss.backward()
+            critic_optimizer.step()
+
+            demo_obs, demo_action = demonstrations.sample(args.batch_size)
+            imitation = il_loss(actor(demo_obs), demo_action)
+            loss = rl_weight(q, args.il_beta) * rl_loss(actor, critic, batch[0]) + imitation
+            phi_grad = gradient(loss, dict(actor.named_parameters()))
+            log = {"losses/actor_loss": loss, "charts/imitation_distance": imitation}
+            step(actor_optimizer, actor, phi_grad)
+            with torch.no_grad():
+                for target, online in ((target_critic, critic), (target_actor, actor)):
+                    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.tau)
+
+            if iteration % 100 == 0:
+                log |= {"losses/qf1_loss": qf_loss, "losses/qf1_values": q}
+                for name, value in log.items():
+                    writer.add_scalar(name, value.mean().item(), global_step)
+                writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+
+        if global_step % args.eval_frequency == 0 or global_step == args.total_timesteps:
+            returns = evaluate(actor, eval_envs, seed=args.seed + 100)  # the same start states each time
+            with open(run_dir / "evaluations.csv", "a") as file:
+                file.write(f"{global_step},{returns.mean()},{returns.std()}\n")
+            writer.add_scalar("eval/return_mean", returns.mean(), global_step)
+            writer.add_scalar("eval/return_std", returns.std(), global_step)
+            progress.set_postfix({"return": f"{returns.mean():.1f}"})
+            tqdm.write(f"step {global_step:>9,}   return {returns.mean():8.1f} ± {returns.std():.1f}")
+            if args.save_model:
+                save_policy(run_dir / "policy.pt", actor, args, global_step)
+            if args.keep_policies:
+                save_policy(run_dir / "policies" / f"{global_step}.pt", actor, args, global_step)
+    env.close()
+    eval_envs.close()
+    writer.close()
+    return run_dir
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except (InputError, gym.error.Error) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

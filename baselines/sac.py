@@ -1,0 +1,392 @@
+"""SAC: the vanilla algorithm that GILD is added to; Haarnoja et al., ICML 2018, as by pranz24.
+
+`diff baselines/sac.py gild_sac.py` shows GILD. With --dense this trains an Expert on the task's own reward.
+
+    Eq. (2)        L_RL, the vanilla actor's loss             rl_loss
+    Eq. (5)        critic step, vanilla SAC's                 critic_loss
+
+    python -m baselines.sac --env-id Hopper-v4
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = "sac"  # the name of this experiment
+    seed: int = 1  # of networks, environment, exploration and replay
+    torch_deterministic: bool = True  # only PyTorch's deterministic kernels
+    cuda: bool = True  # run on the GPU if there is one
+    torch_threads: int = 1  # CPU threads of PyTorch
+    track: bool = False  # log to Weights & Biases too (needs the wandb package)
+    wandb_project_name: str = "gild"  # the project there
+    wandb_entity: str | None = None  # the entity (team) there
+    capture_video: bool = False  # training episodes as runs/<run>/videos (needs the moviepy package)
+    save_model: bool = True  # write the actor to runs/<run>/policy.pt at every evaluation
+    keep_policies: bool = False  # keep the actor of every evaluation, as runs/<run>/policies/<step>.pt
+    eval_frequency: int = 5_000  # environment steps from one evaluation to the next
+    eval_episodes: int = 10  # episodes in an evaluation
+
+    env_id: str = "Hopper-v4"  # a Gymnasium id with Box observations and actions; Point2D-v0 needs envs/
+    dense: bool = False  # train on the task's own dense reward
+    sparse_threshold: float | None = None  # metres along x before any reward [default: by task]
+    total_timesteps: int = 1_000_000  # environment steps of the run
+    learning_rate: float = 3e-4  # of actor, critic and temperature
+    buffer_size: int = 1_000_000  # transitions that the replay buffer D holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate at which the target networks follow
+    batch_size: int = 256  # N: of transitions
+    learning_starts: int = 10_000  # steps with random actions before the first update
+    alpha: float = 0.2  # temperature of the entropy, or where its tuning starts
+    autotune: bool | None = None  # tune it to the entropy -|A| [default: not in Hopper, HalfCheetah, Point2D]
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave, told in one line."""
+
+
+# ENVIRONMENT
+
+SPARSE_THRESHOLDS = {"Hopper": 1.0, "Walker2d": 1.0, "HalfCheetah": 2.0, "Ant": 1.0}  # metres along +x
+
+
+class SparseReward(gym.Wrapper):
+    """The task's own reward while the agent is more than `threshold` metres ahead of its start, else 0."""
+
+    def __init__(self, env: gym.Env, threshold: float):
+        super().__init__(env)
+        self.threshold = threshold
+        self.x_init = float(getattr(env.unwrapped, "init_qpos", [0.0])[0])  # the model's, not the episode's
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        ahead = info["x_position"] - self.x_init > self.threshold
+        return obs, reward if ahead else 0.0, terminated, truncated, info
+
+
+def task_name(env_id: str) -> str:
+    """`Hopper` of `Hopper-v4`, `Point2D` of `envs:Point2D-v0`."""
+    return env_id.split(":")[-1].rsplit("-v", 1)[0]
+
+
+def make_env(args: Args, training: bool, render_mode: str | None = None) -> gym.Env:
+    """The task: sparse for training (its own reward with --dense), its own reward for evaluation."""
+    task = task_name(args.env_id)
+    kwargs = {"use_contact_forces": True} if args.env_id == "Ant-v4" else {}  # |S| = 111, as in the paper
+    if task == "Point2D" and training and args.dense:
+        kwargs["reward"] = "dense"
+    env_id = "envs:Point2D-v0" if args.env_id == "Point2D-v0" else args.env_id
+    # Gymnasium and MuJoCo deprecate the -v4 tasks whenever one is made; whatever else they say is passed on
+    mujoco_warning = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(text, file=sys.stderr))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
+            env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    finally:
+        mujoco.set_mju_user_warning(mujoco_warning)
+    spaces = env.observation_space, env.action_space
+    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    if not vectors or not env.action_space.is_bounded():
+        raise InputError(f"{args.env_id} has {spaces}, but must have vectors in a Box, the actions' bounded")
+    threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
+    if training and not args.dense and threshold is not None:
+        env = SparseReward(env, threshold)
+    return env
+
+
+# BUFFERS
+
+
+class ReplayBuffer:
+    """D: a ring of transitions; a row is (s, a, r, s', terminated) in float32."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)
+        self.added = 0
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
+
+    def sample(self, batch_size: int):
+        """obs (N, |S|), action (N, |A|), reward (N, 1), next_obs (N, |S|), terminated (N, 1)"""
+        filled = min(self.added, len(self.rows))
+        index = torch.randint(filled, (batch_size,), device=self.rows.device)
+        return self.rows[index].split(self.widths, dim=1)
+
+
+# ALGO LOGIC: networks
+
+FIXED_ALPHA = ("Hopper", "HalfCheetah", "Point2D")  # tasks in which the temperature is not tuned
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    hidden = 256
+    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
+
+
+def xavier(network: nn.Sequential) -> nn.Sequential:
+    """Xavier-uniform weights and zero biases, as in the SAC of pranz24 that the paper builds on."""
+    for layer in network[::2]:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return network
+
+
+class Actor(nn.Module):
+    """phi: a Gaussian policy, squashed by tanh into the action box.
+
+    Maps obs (..., |S|) and standard normal noise (..., |A|) to the action that they make and its log-density
+    (..., 1). Noise of 0 gives the deterministic policy.
+    """
+
+    def __init__(self, obs_dim: int, action_space: gym.spaces.Box):
+        super().__init__()
+        self.net = xavier(mlp(obs_dim, 2 * action_space.shape[0]))
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+
+    def gaussian(self, obs):
+        """mean and log std, before the tanh"""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, log_std.clamp(-20, 2)
+
+    def log_density(self, u, mean, log_std):
+        """log pi of the action tanh(u): the Gaussian's density, and the Jacobian of squashing and scaling"""
+        gaussian = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2) without cancellation
+        return (gaussian - log_slope - self.action_scale.log()).sum(-1, keepdim=True)
+
+    def squash(self, u):
+        return torch.tanh(u) * self.action_scale + self.action_bias
+
+    def forward(self, obs, noise):
+        mean, log_std = self.gaussian(obs)
+        u = mean + log_std.exp() * noise
+        return self.squash(u), self.log_density(u, mean, log_std)
+
+
+class Critic(nn.Module):
+    """theta: twin action values Q1, Q2: (N, |S|), (N, |A|) -> (N, 1), (N, 1)."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.net1 = xavier(mlp(obs_dim + action_dim, 1))
+        self.net2 = xavier(mlp(obs_dim + action_dim, 1))
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], 1)
+        return self.net1(x), self.net2(x)
+
+
+# ALGO LOGIC: losses and gradients, in the paper's order
+
+
+def critic_loss(critic, target_critic, actor, batch, gamma, alpha):
+    """Eq. (5) with SAC's target, the smaller soft value of a fresh action. Also returns Q1, Q2."""
+    obs, action, reward, next_obs, terminated = batch
+    with torch.no_grad():
+        next_action, next_log_prob = actor(next_obs, torch.randn_like(action))
+        next_value = soft_value(target_critic, next_obs, next_action, next_log_prob, alpha)
+        target = reward + (1 - terminated) * gamma * next_value
+    q1, q2 = critic(obs, action)
+    return F.mse_loss(q1, target) + F.mse_loss(q2, target), q1, q2
+
+
+def soft_value(critic, obs, action, log_prob, alpha):
+    """min(Q1, Q2)(s, a) - alpha log pi(a|s)"""
+    return torch.min(*critic(obs, action)) - alpha * log_prob
+
+
+def rl_loss(actor, critic, obs, noise, alpha):
+    """Eq. (2) for SAC: L_RL(phi) = mean [alpha log pi(a|s) - min(Q1, Q2)(s, a)], a ~ phi. Also log pi."""
+    action, log_prob = actor(obs, noise)
+    return -soft_value(critic, obs, action, log_prob, alpha).mean(), log_prob
+
+
+def gradient(loss, params, **kwargs):
+    """The gradient of `loss` for a dict of parameters, as a dict. No other parameter is touched."""
+    return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
+
+
+def step(optimizer, module, grad):
+    """One step of the optimizer along a gradient given by parameter name."""
+    for name, parameter in module.named_parameters():
+        parameter.grad = grad[name]
+    optimizer.step()
+
+
+# EVALUATION and files
+
+
+def act(actor, obs, explore=False):
+    """The deterministic policy, or a sample of it, NumPy to NumPy: (..., |S|) -> (..., |A|)."""
+    with torch.no_grad():
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=actor.action_scale.device)
+        noise = obs.new_zeros(*obs.shape[:-1], len(actor.action_scale))
+        return actor(obs, noise.normal_() if explore else noise)[0].numpy(force=True)
+
+
+def evaluate(actor, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
+    """The undiscounted return of one episode in each of the E environments, (E,)."""
+    obs, _ = envs.reset(seed=seed)
+    returns, running = np.zeros(envs.num_envs), np.full(envs.num_envs, True)
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(act(actor, obs))
+        returns += reward * running
+        running &= ~(terminated | truncated)
+    return returns
+
+
+def save_policy(path: Path, actor, args: Args, global_step: int):
+    """Writes the actor's weights, atomically; `torch.load(path, weights_only=True)` reads them."""
+    path.parent.mkdir(exist_ok=True)
+    about = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed}
+    policy = {"actor": actor.state_dict(), "global_step": global_step, **about}
+    torch.save(policy, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def make_run_dir(args: Args) -> Path:
+    """A new runs/<task>__<experiment>__<seed>__<time>, with args.json and the head of evaluations.csv."""
+    env_id = args.env_id.replace(":", "-").replace("/", "-")
+    run_dir = Path("runs", f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    while run_dir.exists():  # begun in the same second
+        run_dir = run_dir.with_name(run_dir.name + "x")
+    run_dir.mkdir(parents=True)
+    versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
+    (run_dir / "args.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
+    (run_dir / "evaluations.csv").write_text("global_step,return_mean,return_std\n")
+    return run_dir
+
+
+def train(args: Args) -> Path:
+    """One run. Returns its folder."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.torch_threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill the whole replay buffer
+
+    env = make_env(args, training=True, render_mode="rgb_array" if args.capture_video else None)
+    eval_envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=False)] * args.eval_episodes)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    autotune = task_name(args.env_id) not in FIXED_ALPHA if args.autotune is None else args.autotune
+
+    run_dir = make_run_dir(args)
+    print(f"{run_dir} on {device}")
+    if args.track:
+        import wandb
+
+        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"))
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+
+    torch.manual_seed(args.seed)
+    env.action_space.seed(args.seed)
+    actor = Actor(obs_dim, env.action_space).to(device)
+    critic = Critic(obs_dim, action_dim).to(device)
+    target_critic = deepcopy(critic)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
+    log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=autotune)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.learning_rate)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+
+    start_time = time.time()
+    obs, _ = env.reset(seed=args.seed)
+    progress = tqdm(range(1, args.total_timesteps + 1), unit=" steps", mininterval=1, disable=None)
+    for global_step in progress:
+        # ALGO LOGIC: act
+        if global_step <= args.learning_starts:
+            action = env.action_space.sample()
+        else:
+            action = act(actor, obs, explore=True)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated)  # a time limit ends no task: only `terminated`
+        obs = next_obs
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
+            writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
+            obs, _ = env.reset()
+
+        # ALGO LOGIC: learn
+        iteration = global_step - args.learning_starts
+        if iteration > 0:
+            batch = buffer.sample(args.batch_size)
+            alpha = log_alpha.exp().detach()
+            qf_loss, q1, q2 = critic_loss(critic, target_critic, actor, batch, args.gamma, alpha)
+            critic_optimizer.zero_grad()
+            qf_loss.backward()
+            critic_optimizer.step()
+
+            noise = torch.randn_like(batch[1])
+            loss, log_prob = rl_loss(actor, critic, batch[0], noise, alpha)
+            phi_grad = gradient(loss, dict(actor.named_parameters()))
+            log = {"losses/actor_loss": loss}
+            step(actor_optimizer, actor, phi_grad)
+            if autotune:
+                alpha_loss = -(log_alpha * (log_prob.detach() - action_dim)).mean()  # target entropy -|A|
+                alpha_optimizer.zero_grad()
+                alpha_loss.backward()
+                alpha_optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+
+            if iteration % 100 == 0:
+                log |= {"losses/qf_loss": qf_loss / 2, "losses/qf1_values": q1, "losses/qf2_values": q2}
+                log |= {"losses/alpha": alpha, "losses/log_prob": log_prob}
+                for name, value in log.items():
+                    writer.add_scalar(name, value.mean().item(), global_step)
+                writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+
+        if global_step % args.eval_frequency == 0 or global_step == args.total_timesteps:
+            returns = evaluate(actor, eval_envs, seed=args.seed + 100)  # the same start states each time
+            with open(run_dir / "evaluations.csv", "a") as file:
+                file.write(f"{global_step},{returns.mean()},{returns.std()}\n")
+            writer.add_scalar("eval/return_mean", returns.mean(), global_step)
+            writer.add_scalar("eval/return_std", returns.std(), global_step)
+            progress.set_postfix({"return": f"{returns.mean():.1f}"})
+            tqdm.write(f"step {global_step:>9,}   return {returns.mean():8.1f} ± {returns.std():.1f}")
+            if args.save_model:
+                save_policy(run_dir / "policy.pt", actor, args, global_step)
+            if args.keep_policies:
+                save_policy(run_dir / "policies" / f"{global_step}.pt", actor, args, global_step)
+    env.close()
+    eval_envs.close()
+    writer.close()
+    return run_dir
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except (InputError, gym.error.Error) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

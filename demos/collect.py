@@ -1,0 +1,94 @@
+"""Rolls out a saved policy and writes its episodes as a demonstration file.
+
+    python -m demos.collect --policy runs/<run>/policies/100000.pt --out demos/Hopper-td3.npz
+
+The file (compressed, never pickled) holds observations (M, |S|), actions (M, |A|) and rewards (M,) in float32,
+terminations and truncations (M,) in bool, and metadata, a JSON text. Rewards are those of the evaluation: the
+task's own, dense in MuJoCo. A file of your own needs no more than observations, actions and the metadata's env_id:
+`save_demonstrations` writes one.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    policy: Path  # a policy.pt, or one of policies/, of a run of any of the scripts
+    out: Path  # the .npz file to write
+    pairs: int = 4_000  # whole episodes are added until there are at least so many pairs
+    explore: bool = False  # act as in training (noise of 0.1 for DDPG and TD3, a sample for SAC)
+    seed: int = 0  # of the episodes
+
+
+def load_policy(path: Path):
+    """The actor in a policy file, the module of its algorithm (baselines.td3 and so on) and the file's other entries."""
+    about = torch.load(path, weights_only=True, map_location="cpu")
+    algorithm = about["script"].removeprefix("gild_").removesuffix("_il")
+    module = import_module(f"baselines.{algorithm}")
+    env = module.make_env(module.Args(env_id=about["env_id"]), training=False)
+    actor = module.Actor(env.observation_space.shape[0], env.action_space)
+    actor.load_state_dict(about.pop("actor"))
+    return actor, module, {**about, "algorithm": algorithm}
+
+
+def rollout(actor, module, env_id: str, pairs: int, explore: bool, seed: int):
+    """Whole episodes with at least `pairs` steps: the file's five arrays as a dict, and the episodes' returns."""
+    env = module.make_env(module.Args(env_id=env_id), training=False)
+    low, high = env.action_space.low, env.action_space.high
+    rng = np.random.default_rng(seed)
+    names = ("observations", "actions", "rewards", "terminations", "truncations")
+    data, returns = {name: [] for name in names}, []
+    while len(data["rewards"]) < pairs:
+        obs, _ = env.reset(seed=seed + len(returns))
+        ended, total = False, 0.0
+        while not ended:
+            action = module.act(actor, obs)
+            if explore:
+                action = action + rng.normal(0, 0.1 * (high - low) / 2)
+            action = action.clip(low, high).astype(np.float32)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            for name, value in zip(names, (obs, action, reward, terminated, truncated), strict=True):
+                data[name].append(value)
+            obs, ended, total = next_obs, terminated or truncated, total + reward
+        returns.append(total)
+    kinds = (np.float32, np.float32, np.float32, bool, bool)
+    return {name: np.array(data[name], kind) for name, kind in zip(names, kinds, strict=True)}, np.array(returns)
+
+
+def save_demonstrations(path: Path, env_id: str, observations, actions, **more):
+    """Writes a demonstration file, atomically; `more` are further arrays, and metadata as `metadata={...}`."""
+    metadata = {"env_id": env_id, **more.pop("metadata", {})}
+    arrays = {"observations": np.float32(observations), "actions": np.float32(actions), **more}
+    temporary = Path(path).with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))
+    os.replace(temporary, path)
+
+
+def main(args: Args):
+    actor, module, about = load_policy(args.policy)
+    data, returns = rollout(actor, module, about["env_id"], args.pairs, args.explore, args.seed)
+    versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
+    about |= {"explore": args.explore, "episodes": len(returns), "versions": versions}
+    about |= {"return_mean": returns.mean(), "return_std": returns.std()}
+    save_demonstrations(args.out, metadata=about, env_id=about["env_id"], **data)
+    print(f"{args.out}: {len(data['rewards'])} pairs, {len(returns)} episodes, ", end="")
+    print(f"return {returns.mean():.1f} ± {returns.std():.1f}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except OSError as error:
+        sys.exit(f"demos.collect: {error}")
