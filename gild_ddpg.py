@@ -311,6 +311,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, w_rl, lr, meta_kind)
         "losses/gild_loss": gild_loss,
         "losses/meta_loss": loss,
         "losses/gild_action_grad_norm": len(action) * gild_grad["action"].norm(dim=1).mean(),  # a pair's
+        "losses/meta_grad_norm": torch.stack([g.norm() for g in omega_grad.values()]).norm(),
         "charts/imitation_distance": imitation_loss,
     }
     return phi_grad, omega_grad, log
@@ -506,6 +507,6 @@ def train(args: Args) -> Path:
 if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
-    except (InputError, gym.error.Error) as error:
+    except (InputError, gym.error.Error, ModuleNotFoundError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

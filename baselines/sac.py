@@ -387,6 +387,6 @@ def train(args: Args) -> Path:
 if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
-    except (InputError, gym.error.Error) as error:
+    except (InputError, gym.error.Error, ModuleNotFoundError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,8 +2,8 @@
 
     python -m benchmark.study point2d --jobs 2
 
-A run is `python SCRIPT VARIANT SHARED --seed SEED`; its result is benchmark/results/STUDY/VARIANT-SEED.csv, one row an
-evaluation. Runs with a result are skipped, so that a study can be stopped and started again.
+A run's result is benchmark/results/STUDY/VARIANT-SEED.csv, one row an evaluation. Runs that have a result are
+skipped, so that a study can be stopped and started again.
 """
 
 import csv
@@ -62,16 +62,17 @@ def command(study: str, variant: str, seed: int) -> list[str]:
 
 
 def imitation_distance(policy: Path, demonstrations) -> float:
-    """Mean squared distance between the demonstrated actions and those of a saved policy."""
+    """Mean squared distance between a saved policy's actions and the demonstrated ones."""
     actor, module, _ = load_policy(policy)
-    return float(np.square(module.act(actor, demonstrations["observations"]) - demonstrations["actions"]).mean())
+    actions = module.act(actor, demonstrations["observations"])
+    return float(np.square(actions - demonstrations["actions"]).mean())
 
 
 def write_result(run_dir: Path, algorithm: str, target: Path):
-    """Joins a run's evaluations with the critic's mean value and the actor's distance to the demonstrations."""
+    """A run's evaluations, with the critic's mean value and the actor's distance to the demonstrations."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     q = {event.step: event.value for event in events.Scalars("losses/qf1_values")}
-    rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
+    rows = list(csv.DictReader((run_dir / "evaluations.csv").read_text().splitlines()))
     task = run_dir.name.split("-v")[0]
     with np.load(Path(__file__).parents[1] / "demos" / f"{task}-{algorithm}.npz", allow_pickle=False) as file:
         demonstrations = dict(file)

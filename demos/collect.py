@@ -2,10 +2,10 @@
 
     python -m demos.collect --policy runs/<run>/policies/100000.pt --out demos/Hopper-td3.npz
 
-The file (compressed, never pickled) holds observations (M, |S|), actions (M, |A|) and rewards (M,) in float32,
-terminations and truncations (M,) in bool, and metadata, a JSON text. Rewards are those of the evaluation: the
-task's own, dense in MuJoCo. A file of your own needs no more than observations, actions and the metadata's env_id:
-`save_demonstrations` writes one.
+The file (compressed, never pickled) holds observations (M, |S|), actions (M, |A|) and rewards (M,) in
+float32, terminations and truncations (M,) in bool, and metadata, a JSON text. The rewards are those of the
+evaluation: the task's own, dense in MuJoCo. A file of your own needs only observations, actions and the
+metadata's env_id; `save_demonstrations` writes one.
 """
 
 import json
@@ -27,12 +27,12 @@ class Args:
     policy: Path  # a policy.pt, or one of policies/, of a run of any of the scripts
     out: Path  # the .npz file to write
     pairs: int = 4_000  # whole episodes are added until there are at least so many pairs
-    explore: bool = False  # act as in training (noise of 0.1 for DDPG and TD3, a sample for SAC)
-    seed: int = 0  # of the episodes
+    explore: bool = False  # act as in training: noise of std 0.1 (DDPG, TD3) or a sample (SAC)
+    seed: int = 0  # of the episodes and the exploration
 
 
 def load_policy(path: Path):
-    """The actor in a policy file, the module of its algorithm (baselines.td3 and so on) and the file's other entries."""
+    """The actor in a policy file, its algorithm's module (baselines.td3, ...), the file's other entries."""
     about = torch.load(path, weights_only=True, map_location="cpu")
     algorithm = about["script"].removeprefix("gild_").removesuffix("_il")
     module = import_module(f"baselines.{algorithm}")
@@ -43,31 +43,33 @@ def load_policy(path: Path):
 
 
 def rollout(actor, module, env_id: str, pairs: int, explore: bool, seed: int):
-    """Whole episodes with at least `pairs` steps: the file's five arrays as a dict, and the episodes' returns."""
+    """Whole episodes of at least `pairs` steps together: the file's five arrays by name, and each return."""
     env = module.make_env(module.Args(env_id=env_id), training=False)
     low, high = env.action_space.low, env.action_space.high
+    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    names = ("observations", "actions", "rewards", "terminations", "truncations")
-    data, returns = {name: [] for name in names}, []
-    while len(data["rewards"]) < pairs:
+    steps, returns = [], []
+    while len(steps) < pairs:
         obs, _ = env.reset(seed=seed + len(returns))
         ended, total = False, 0.0
         while not ended:
-            action = module.act(actor, obs)
-            if explore:
-                action = action + rng.normal(0, 0.1 * (high - low) / 2)
-            action = action.clip(low, high).astype(np.float32)
+            if explore and module.__name__.endswith("sac"):
+                action = module.act(actor, obs, explore=True)
+            else:
+                noise = rng.normal(0, 0.1 * (high - low) / 2) if explore else 0.0
+                action = np.float32((module.act(actor, obs) + noise).clip(low, high))
             next_obs, reward, terminated, truncated, _ = env.step(action)
-            for name, value in zip(names, (obs, action, reward, terminated, truncated), strict=True):
-                data[name].append(value)
+            steps.append((obs, action, reward, terminated, truncated))
             obs, ended, total = next_obs, terminated or truncated, total + reward
         returns.append(total)
-    kinds = (np.float32, np.float32, np.float32, bool, bool)
-    return {name: np.array(data[name], kind) for name, kind in zip(names, kinds, strict=True)}, np.array(returns)
+    kinds = {"observations": np.float32, "actions": np.float32, "rewards": np.float32}
+    kinds |= {"terminations": bool, "truncations": bool}
+    columns = zip(kinds.items(), zip(*steps, strict=True), strict=True)
+    return {name: np.array(column, kind) for (name, kind), column in columns}, np.array(returns)
 
 
 def save_demonstrations(path: Path, env_id: str, observations, actions, **more):
-    """Writes a demonstration file, atomically; `more` are further arrays, and metadata as `metadata={...}`."""
+    """Writes a demonstration file, atomically; `more` has further arrays, and more metadata as a dict."""
     metadata = {"env_id": env_id, **more.pop("metadata", {})}
     arrays = {"observations": np.float32(observations), "actions": np.float32(actions), **more}
     temporary = Path(path).with_suffix(".tmp")
@@ -81,8 +83,8 @@ def main(args: Args):
     data, returns = rollout(actor, module, about["env_id"], args.pairs, args.explore, args.seed)
     versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
     about |= {"explore": args.explore, "episodes": len(returns), "versions": versions}
-    about |= {"return_mean": returns.mean(), "return_std": returns.std()}
-    save_demonstrations(args.out, metadata=about, env_id=about["env_id"], **data)
+    about |= {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+    save_demonstrations(args.out, about["env_id"], **data, metadata=about)
     print(f"{args.out}: {len(data['rewards'])} pairs, {len(returns)} episodes, ", end="")
     print(f"return {returns.mean():.1f} ± {returns.std():.1f}")
 

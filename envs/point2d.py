@@ -1,6 +1,6 @@
 """Point2D: reach a goal in the plane, with a reward only close to it (EMRLD's 2-D navigation)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -9,15 +9,15 @@ import numpy as np
 class Point2D(gym.Env):
     """A point moves from (0, 0) by 0.1 times the action, for 100 steps or until it is at the goal.
 
-    With d the distance to the goal after the step, and t the step's number from 1: reward 100 - t and the end of the
-    episode when d < `goal_radius`; else 1 - d when d < `reward_radius`; else 0. `reward="dense"`: -d at every step.
+    With d the distance to the goal after the step, and t the step's number from 1: reward 100 - t and the end
+    of the episode when d < `goal_radius`; else 1 - d when d < `reward_radius`; else 0. With reward="dense" it is
+    -d at every step, the goal's included.
 
-    Observation: the position, (2,). Action: (2,) in [-1, 1].
-    The default goal (1, sqrt(3)) lies at distance 2 and on no line to a corner of the action box: a goal on a diagonal
-    is reached by a dead, saturated actor one time in four.
+    Observation: the position, (2,). Action: (2,) in [-1, 1]. The default goal (1, sqrt(3)), at distance 2, is
+    on no diagonal: a dead, saturated actor walks a diagonal and would find a goal there one time in four.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 20}
     step_size = 0.1
 
     def __init__(
@@ -58,7 +58,7 @@ class Point2D(gym.Env):
         return self.position.copy(), reward, reached, False, {"distance": distance}
 
     def render(self):
-        """The path so far in black, the goal's reward radius in red: (256, 256, 3) uint8, 6 x 6 units, y upwards."""
+        """The path in black, the rewarded disc in red: (256, 256, 3) uint8, 6 x 6 units, y upwards."""
         axis = (np.arange(256) + 0.5) / 256 * 6 - 3
         pixels = np.stack(np.meshgrid(axis, -axis), axis=-1)
         image = np.full((256, 256, 3), 255, np.uint8)

@@ -6,7 +6,7 @@ SPARSE_THRESHOLDS = {"Hopper": 1.0, "Walker2d": 1.0, "HalfCheetah": 2.0, "Ant": 
 
 
 class SparseReward(gym.Wrapper):
-    """The task's own reward while the agent is more than `threshold` metres beyond its start along x, else 0."""
+    """The task's own reward while the agent is more than `threshold` metres ahead of its start, else 0."""
 
     def __init__(self, env: gym.Env, threshold: float):
         super().__init__(env)
@@ -15,8 +15,8 @@ class SparseReward(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        beyond = info["x_position"] - self.x_init > self.threshold
-        return obs, reward if beyond else 0.0, terminated, truncated, info
+        ahead = info["x_position"] - self.x_init > self.threshold
+        return obs, reward if ahead else 0.0, terminated, truncated, info
 
 
 def make_sparse(env_id: str, threshold: float, **kwargs) -> gym.Env:

@@ -1,0 +1,61 @@
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+ALGORITHMS = ("ddpg", "td3", "sac")
+
+
+@pytest.fixture(params=ALGORITHMS)
+def algorithm(request):
+    return request.param
+
+
+@pytest.fixture
+def gild_script(algorithm):
+    return import_module(f"gild_{algorithm}")
+
+
+@pytest.fixture
+def vanilla_script(algorithm):
+    return import_module(f"baselines.{algorithm}")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Runs leave their files in the test's own folder; PyTorch keeps to one thread."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
+
+
+def short_run(script, **changes):
+    """150 iterations on Point2D with small batches. Returns the actor's weights and the evaluations."""
+    settings = dict(env_id="Point2D-v0", total_timesteps=350, learning_starts=200, batch_size=32)
+    settings |= dict(eval_frequency=150, eval_episodes=2, cuda=False, buffer_size=1_000)
+    if hasattr(script.Args, "gild_init"):
+        settings["gild_init"] = "random"  # no seconds spent on the regression
+    run_dir = script.train(script.Args(**(settings | changes)))
+    weights = torch.load(run_dir / "policy.pt", weights_only=True)["actor"]
+    return weights, (run_dir / "evaluations.csv").read_text()
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two dicts of tensors are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def write_demonstrations(path, env_id="Point2D-v0", obs_dim=2, action_dim=2, pairs=64):
+    from demos.collect import save_demonstrations
+
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (pairs, action_dim))
+    save_demonstrations(path, env_id, rng.normal(size=(pairs, obs_dim)), actions)
+    return path
