@@ -1,4 +1,4 @@
-"""Sparse-reward tasks as Gymnasium ids: `gymnasium.make("envs:Point2D-v0")`, `envs:SparseHopper-v4`, and so on."""
+"""Sparse tasks as Gymnasium ids: `gymnasium.make("envs:Point2D-v0")`, `envs:SparseHopper-v4` and so on."""
 
 from gymnasium.envs.registration import register
 

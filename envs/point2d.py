@@ -10,8 +10,8 @@ class Point2D(gym.Env):
     """A point moves from (0, 0) by 0.1 times the action, for 100 steps or until it is at the goal.
 
     With d the distance to the goal after the step, and t the step's number from 1: reward 100 - t and the end
-    of the episode when d < `goal_radius`; else 1 - d when d < `reward_radius`; else 0. With reward="dense" it is
-    -d at every step, the goal's included.
+    of the episode when d < `goal_radius`; else 1 - d when d < `reward_radius`; else 0. With reward="dense" it
+    is -d at every step, the goal's included.
 
     Observation: the position, (2,). Action: (2,) in [-1, 1]. The default goal (1, sqrt(3)), at distance 2, is
     on no diagonal: a dead, saturated actor walks a diagonal and would find a goal there one time in four.

@@ -1,0 +1,94 @@
+"""The README's tables and figures, from the results that benchmark.study keeps.
+
+    python -m benchmark.report point2d
+
+Prints the table and writes benchmark/figures/STUDY.png.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from benchmark.study import RESULTS, STUDIES
+
+FIGURES = Path(__file__).parent / "figures"
+LABELS = {
+    "return_mean": "return",
+    "q_mean": "critic's mean value",
+    "imitation_distance": "imitation distance",
+}
+PANELS = {"point2d": ["return_mean"], "hopper": list(LABELS)}
+STYLES = {  # the variants that a figure shows, and the name that its legend and the table give them
+    "td3": ("TD3", "0.5"),
+    "td3-il": ("TD3+IL", "tab:orange"),
+    "td3-gild-A": ("TD3+GILD to the end, (A)", "tab:green"),
+    "td3-gild-B": ("TD3+GILD to the end, (B)", "tab:blue"),
+    "td3-gild-10k-A": ("TD3+GILD for 10,000 iterations, (A)", "tab:olive"),
+    "td3-gild-10k-B": ("TD3+GILD for 10,000 iterations, (B)", "tab:cyan"),
+    "td3-gild-released": ("TD3+GILD, released settings", "tab:red"),
+    "ddpg-gild-B": ("DDPG+GILD to the end, (B)", "tab:purple"),
+    "sac-gild-B": ("SAC+GILD to the end, (B)", "tab:brown"),
+}
+
+
+def load(study: str) -> dict[str, list[np.ndarray]]:
+    """The results by variant, a structured array a seed; only what has been run."""
+    files = {
+        variant: sorted((RESULTS / study).glob(f"{variant}-[0-9]*.csv")) for variant in STUDIES[study][1]
+    }
+    return {
+        variant: [np.genfromtxt(path, delimiter=",", names=True) for path in paths]
+        for variant, paths in files.items()
+        if paths
+    }
+
+
+def table(results) -> str:
+    """The best and the last evaluation of each variant: mean over the seeds, and each seed."""
+    lines = ["| | best evaluation | each seed | last evaluation | each seed |", "|---|---|---|---|---|"]
+    for variant, runs in results.items():
+        cells = [STYLES[variant][0]]
+        for pick in (np.max, lambda returns: returns[-1]):
+            scores = [pick(run["return_mean"]) for run in runs]
+            cells += [f"{np.mean(scores):.1f}", ", ".join(f"{score:.1f}" for score in scores)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(study: str, results) -> Path:
+    """A panel a quantity: the mean over the seeds as a line, each seed as a thin one."""
+    panels = PANELS[study]
+    fig, axes = plt.subplots(len(panels), 1, figsize=(7, 3.2 * len(panels)), sharex=True, squeeze=False)
+    for axis, quantity in zip(axes[:, 0], panels, strict=True):
+        for variant, runs in results.items():
+            name, color = STYLES[variant]
+            curves = np.array([run[quantity] for run in runs])
+            axis.plot(runs[0]["global_step"], curves.mean(0), color=color, label=name)
+            axis.plot(runs[0]["global_step"], curves.T, color=color, alpha=0.25, linewidth=0.7)
+        axis.set_ylabel(LABELS[quantity])
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("environment steps")
+    axes[0, 0].legend(fontsize=7)
+    FIGURES.mkdir(exist_ok=True)
+    path = FIGURES / f"{study}.png"
+    fig.tight_layout()
+    fig.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+@dataclass
+class Args:
+    study: tyro.conf.Positional[str]  # point2d or hopper
+
+
+def main(args: Args):
+    results = load(args.study)
+    print(table(results))
+    print(figure(args.study, results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
