@@ -219,7 +219,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, action_space: gym.spaces.Box):
         super().__init__()
         self.net = xavier(mlp(obs_dim, 2 * action_space.shape[0]))
-        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        low, high = (torch.tensor(b, dtype=torch.float32) for b in (action_space.low, action_space.high))
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
 
