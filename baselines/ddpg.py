@@ -8,13 +8,17 @@
     python -m baselines.ddpg --env-id Hopper-v4
 """
 
+import contextlib
+import io
 import json
 import os
+import re
+import signal
 import sys
 import time
 import warnings
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -41,6 +45,8 @@ class Args:
     capture_video: bool = False  # training episodes as runs/<run>/videos (needs the moviepy package)
     save_model: bool = True  # write the actor to runs/<run>/policy.pt at every evaluation
     keep_policies: bool = False  # keep the actor of every evaluation, as runs/<run>/policies/<step>.pt
+    checkpoint_frequency: int = 50_000  # environment steps from one runs/<run>/checkpoint.pt to the next
+    resume: Path | None = None  # go on with the run in this folder, runs/<run>
     eval_frequency: int = 5_000  # environment steps from one evaluation to the next
     eval_episodes: int = 10  # episodes in an evaluation
 
@@ -107,6 +113,9 @@ def make_env(args: Args, training: bool, render_mode: str | None = None) -> gym.
         raise InputError(f"{args.env_id} has {spaces}, but must have vectors in a Box, the actions' bounded")
     threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
     if training and not args.dense and threshold is not None:
+        env.reset()
+        if "x_position" not in env.step(env.action_space.sample())[4]:
+            raise InputError(f"--sparse-threshold: {args.env_id} does not tell its x_position")
         env = SparseReward(env, threshold)
     return env
 
@@ -119,6 +128,10 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        size = 4 * capacity * sum(self.widths)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size > (torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory):
+            raise InputError(f"--buffer-size {capacity} takes {size / 1e9:.1f} GB, more than there is memory")
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.added = 0
 
@@ -198,7 +211,7 @@ def step(optimizer, module, grad):
     optimizer.step()
 
 
-# EVALUATION and files
+# EVALUATION
 
 
 def act(actor, obs):
@@ -219,13 +232,48 @@ def evaluate(actor, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
     return returns
 
 
-def save_policy(path: Path, actor, args: Args, global_step: int):
-    """Writes the actor's weights, atomically; `torch.load(path, weights_only=True)` reads them."""
-    path.parent.mkdir(exist_ok=True)
-    about = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed}
-    policy = {"actor": actor.state_dict(), "global_step": global_step, **about}
-    torch.save(policy, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+# RUNS: arguments and files, and checkpoints from which a run goes on as if it had not stopped, to the bit
+
+LOGGING = ("track", "wandb_project_name", "wandb_entity", "capture_video", "save_model", "keep_policies")
+signals = []  # SIGTERM or SIGINT, when one has come
+
+
+def parse(**kwargs) -> Args:
+    """tyro.cli, with what it prints on a mistake in one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, **kwargs)
+    except SystemExit as end:
+        if end.code:
+            raise InputError(re.sub(r"[╭╮╰╯│─\s]+", " ", box.getvalue())) from None
+        raise
+
+
+def command_line() -> tuple[Args, int]:
+    """The arguments, and the last step. With --resume they are the run's own; only the last step can rise."""
+    args = parse()
+    for name, value in vars(args).items():
+        least = 1 if type(value) is int and name not in ("seed", "learning_starts") else 0
+        most = 1 if name in ("gamma", "tau", "ws_frac") else 1e12
+        if type(value) in (int, float) and not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')} is {value}: it must be from {least} to {most}")
+    if args.batch_size > args.learning_starts:
+        raise InputError(f"--batch-size {args.batch_size} exceeds --learning-starts {args.learning_starts}")
+    if args.resume is None:
+        return args, args.total_timesteps
+    try:
+        run = Args(**json.loads((args.resume / "args.json").read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"no run of this script in {args.resume}: {error}") from None
+    args = parse(default=run)
+    fixed = {k: v for k, v in vars(run).items() if k not in (*LOGGING, "resume", "total_timesteps")}
+    changed = [f"{k} {v} -> {vars(args)[k]}" for k, v in fixed.items() if vars(args)[k] != v]
+    if args.total_timesteps < run.total_timesteps:
+        changed += [f"total_timesteps {run.total_timesteps} -> {args.total_timesteps}"]
+    if changed:
+        raise InputError(f"{args.resume} was begun with other arguments: {', '.join(changed)}")
+    return replace(args, total_timesteps=run.total_timesteps), args.total_timesteps
 
 
 def make_run_dir(args: Args) -> Path:
@@ -236,13 +284,66 @@ def make_run_dir(args: Args) -> Path:
         run_dir = run_dir.with_name(run_dir.name + "x")
     run_dir.mkdir(parents=True)
     versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
-    (run_dir / "args.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
+    about = {"args": asdict(args), "versions": versions}
+    (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     (run_dir / "evaluations.csv").write_text("global_step,return_mean,return_std\n")
     return run_dir
 
 
-def train(args: Args) -> Path:
-    """One run. Returns its folder."""
+def save(path: Path, data):
+    """torch.save, atomically: whatever happens, `path` is the old file or the new one."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_checkpoint(run_dir: Path, global_step: int, learners: dict, generators: list, buffer: ReplayBuffer):
+    """Writes all that a run consists of between two episodes, when the simulator needs no state."""
+    state = {"script": Path(__file__).stem, "global_step": global_step, "added": buffer.added}
+    state["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
+    state["generators"] = [generator.bit_generator.state for generator in generators]
+    state["torch"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    state["evaluations"] = (run_dir / "evaluations.csv").read_text()
+    rows = buffer.rows[: buffer.added]
+    storage = rows.untyped_storage()[: rows.nbytes]  # of a view, torch.save would write the whole buffer
+    state["rows"] = rows.new_empty(0).set_(storage, 0, rows.shape)
+    save(run_dir / "checkpoint.pt", state)
+
+
+def load_checkpoint(run_dir: Path, learners: dict, generators: list, buffer: ReplayBuffer) -> int:
+    """Puts back what `save_checkpoint` wrote, and drops later evaluations. Returns the step."""
+    path = run_dir / "checkpoint.pt"
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["script"] != Path(__file__).stem:
+            raise ValueError(f"it is of {state['script']}.py")
+        for name, learner in learners.items():
+            learner.load_state_dict(state["learners"][name])
+        for generator, generator_state in zip(generators, state["generators"], strict=True):
+            generator.bit_generator.state = generator_state
+        torch.set_rng_state(state["torch"][0])
+        torch.cuda.set_rng_state_all(state["torch"][1:])
+        buffer.rows[: len(state["rows"])], buffer.added = state["rows"], state["added"]
+        evaluations, global_step = state["evaluations"], state["global_step"]
+    except Exception as error:  # a missing, truncated or foreign file fails in a dozen ways
+        raise InputError(f"{path} is no checkpoint to go on from: {str(error).splitlines()[0]}") from None
+    (run_dir / "evaluations.tmp").write_text(evaluations)
+    os.replace(run_dir / "evaluations.tmp", run_dir / "evaluations.csv")
+    return global_step
+
+
+def stop_after_episode(number, frame):
+    """Handles a signal: the run ends with its episode and leaves a checkpoint. A second one ends it now."""
+    signals.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    print("stopping when the episode ends; once more stops at once", file=sys.stderr)
+
+
+def train(args: Args, last_step: int | None = None) -> Path:
+    """One run, or with args.resume the rest of it. Returns its folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.torch_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
@@ -252,18 +353,7 @@ def train(args: Args) -> Path:
     env = make_env(args, training=True, render_mode="rgb_array" if args.capture_video else None)
     eval_envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=False)] * args.eval_episodes)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-
-    run_dir = make_run_dir(args)
-    print(f"{run_dir} on {device}")
-    if args.track:
-        import wandb
-
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-        wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir)
-    if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"))
-    env = gym.wrappers.RecordEpisodeStatistics(env)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
 
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
@@ -273,35 +363,54 @@ def train(args: Args) -> Path:
     target_actor, target_critic = deepcopy(actor), deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    learners = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
+    learners |= {"critic": critic, "target_critic": target_critic, "critic_optimizer": critic_optimizer}
 
-    start_time = time.time()
-    obs, _ = env.reset(seed=args.seed)
-    progress = tqdm(range(1, args.total_timesteps + 1), unit=" steps", mininterval=1, disable=None)
-    for global_step in progress:
+    def generators():
+        return [env.unwrapped.np_random, env.action_space.np_random, rng]
+
+    first_step = load_checkpoint(args.resume, learners, generators(), buffer) + 1 if args.resume else 1
+    run_dir = args.resume or make_run_dir(args)
+    print(f"{run_dir} on {device}{', the only device' if args.cuda and device.type == 'cpu' else ''}")
+    if args.track:
+        import wandb
+
+        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir, purge_step=first_step)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"))
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+
+    log, ended = {}, True
+    last_step, checkpoint_step, start_time = last_step or args.total_timesteps, first_step - 1, time.time()
+    last_good = f"go on from {run_dir}/checkpoint.pt, if there is one"
+    progress = tqdm(total=last_step, initial=first_step - 1, unit=" steps", mininterval=1, disable=None)
+    for global_step in range(first_step, last_step + 1):
         # ALGO LOGIC: act
+        if ended:
+            obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
         if global_step <= args.learning_starts:
             action = env.action_space.sample()
         else:
             low, high = env.action_space.low, env.action_space.high
             noise = rng.normal(0, args.exploration_noise * (high - low) / 2)
             action = (act(actor, obs) + noise).clip(low, high).astype(np.float32)
+        if not np.isfinite(action).all():
+            raise FloatingPointError(f"the action is not finite at step {global_step}; {last_good}")
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # a time limit ends no task: only `terminated`
-        obs = next_obs
-        if terminated or truncated:
+        obs, ended = next_obs, terminated or truncated
+        if ended:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
-            obs, _ = env.reset()
 
         # ALGO LOGIC: learn
         iteration = global_step - args.learning_starts
         if iteration > 0:
             batch = buffer.sample(args.batch_size)
             qf_loss, q = critic_loss(critic, target_critic, target_actor, batch, args.gamma)
-            critic_optimizer.zero_grad()
-            qf_loss.backward()
-            critic_optimizer.step()
+            step(critic_optimizer, critic, gradient(qf_loss, dict(critic.named_parameters())))
 
             loss = rl_loss(actor, critic, batch[0])
             phi_grad = gradient(loss, dict(actor.named_parameters()))
@@ -315,9 +424,12 @@ def train(args: Args) -> Path:
                 log |= {"losses/qf1_loss": qf_loss, "losses/qf1_values": q}
                 for name, value in log.items():
                     writer.add_scalar(name, value.mean().item(), global_step)
-                writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+                    if not value.isfinite().all():
+                        raise FloatingPointError(f"{name} is not finite at step {global_step}; {last_good}")
+                sps = (global_step - first_step + 1) / (time.time() - start_time)
+                writer.add_scalar("charts/SPS", int(sps), global_step)
 
-        if global_step % args.eval_frequency == 0 or global_step == args.total_timesteps:
+        if global_step % args.eval_frequency == 0 or global_step == last_step:
             returns = evaluate(actor, eval_envs, seed=args.seed + 100)  # the same start states each time
             with open(run_dir / "evaluations.csv", "a") as file:
                 file.write(f"{global_step},{returns.mean()},{returns.std()}\n")
@@ -325,10 +437,20 @@ def train(args: Args) -> Path:
             writer.add_scalar("eval/return_std", returns.std(), global_step)
             progress.set_postfix({"return": f"{returns.mean():.1f}"})
             tqdm.write(f"step {global_step:>9,}   return {returns.mean():8.1f} ± {returns.std():.1f}")
+            policy = {"actor": actor.state_dict(), "script": Path(__file__).stem, "global_step": global_step}
+            policy |= {"env_id": args.env_id, "seed": args.seed}
             if args.save_model:
-                save_policy(run_dir / "policy.pt", actor, args, global_step)
+                save(run_dir / "policy.pt", policy)
             if args.keep_policies:
-                save_policy(run_dir / "policies" / f"{global_step}.pt", actor, args, global_step)
+                save(run_dir / "policies" / f"{global_step}.pt", policy)
+
+        if ended and (signals or global_step >= checkpoint_step + args.checkpoint_frequency):
+            save_checkpoint(run_dir, global_step, learners, generators(), buffer)
+            checkpoint_step = global_step
+            if signals:
+                break
+        progress.update()
+    progress.close()
     env.close()
     eval_envs.close()
     writer.close()
@@ -336,8 +458,14 @@ def train(args: Args) -> Path:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_after_episode)
     try:
-        train(tyro.cli(Args))
-    except (InputError, gym.error.Error, ModuleNotFoundError) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        run_dir = train(*command_line())
+    except (InputError, FloatingPointError, gym.error.Error, ModuleNotFoundError, OSError) as error:
+        print(f"{Path(__file__).name}: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
+    if signals:
+        script = f"-m {__spec__.name}" if __spec__ else Path(__file__).name
+        print(f"to go on: python {script} --resume {run_dir}")
+        sys.exit(128 + signals[0])

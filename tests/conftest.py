@@ -1,4 +1,3 @@
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -7,7 +6,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 ALGORITHMS = ("ddpg", "td3", "sac")
 
 

@@ -9,9 +9,9 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_demonstrations
 
 from demos.collect import load_policy, rollout, save_demonstrations
+from tests.conftest import ROOT, write_demonstrations
 
 
 def load(script, path, env_id="Point2D-v0"):
@@ -100,8 +100,9 @@ def test_the_shipped_files(gild_script, algorithm, task):
     assert metadata["algorithm"] == algorithm
     assert returns.mean() == pytest.approx(metadata["return_mean"], rel=1e-5)
     assert returns.std() == pytest.approx(metadata["return_std"], rel=1e-4)
-    # clearly sub-optimal: against the algorithms' published dense returns, and Point2D's optimum
-    assert 0.25 < returns.mean() / {"Hopper": 3_500, "Point2D": 83.8}[task] < 0.9
+    # clearly sub-optimal, against Point2D's optimum and the dense returns in the TD3 paper's Table 1
+    expert = {"ddpg": 1860, "td3": 3564, "sac": 2997}[algorithm] if task == "Hopper" else 83.8
+    assert 0.4 < returns.mean() / expert < 0.9
     assert path.stat().st_size < 2_000_000
 
 

@@ -90,6 +90,7 @@ def test_dense_and_evaluation_rewards(gild_script, dense, training):
     assert reward == (pytest.approx(-np.hypot(0.9, 3**0.5 - 0.1)) if dense and training else 0.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*A Box observation space")  # a plane has no bounds
 def test_point2d_passes_gymnasiums_checker():
     check_env(gym.make("Point2D-v0", render_mode="rgb_array").unwrapped)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from importlib import import_module
 
-from conftest import ALGORITHMS, ROOT
+from tests.conftest import ALGORITHMS, ROOT
 
 README = (ROOT / "README.md").read_text()
 

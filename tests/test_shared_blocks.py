@@ -1,11 +1,14 @@
 """The scripts repeat each other on purpose: what is the same in several of them is the same to the letter."""
 
 import ast
+import tomllib
 from difflib import SequenceMatcher
 from itertools import combinations
 
 import pytest
-from conftest import ALGORITHMS, ROOT
+from packaging.requirements import Requirement
+
+from tests.conftest import ALGORITHMS, ROOT
 
 SCRIPTS = [f"gild_{a}.py" for a in ALGORITHMS]
 SCRIPTS += [f"baselines/{a}{il}.py" for a in ALGORITHMS for il in ("", "_il")]
@@ -69,3 +72,20 @@ def test_a_baseline_is_its_gild_script_without_gild(algorithm, larger):
     allowed = (f'exp_name: str = "{algorithm}"', 'log = {"losses/actor_loss": loss}', "loss = rl_loss(")
     assert all(line.startswith(allowed) for line in changed), changed
     assert len(script) > len(vanilla)
+
+
+def test_the_inline_metadata_admits_the_pinned_versions():
+    """`uv run gild_td3.py` reads its packages from the script; requirements.txt pins those of the results."""
+    headers = {
+        (ROOT / script).read_text().split('"""')[0] for script in SCRIPTS if script.startswith("gild_")
+    }
+    (header,) = headers
+    lines = [line.removeprefix("# ") for line in header.splitlines()]
+    assert lines[0] == "/// script" and lines[-1] == "///"
+    ranges = tomllib.loads("\n".join(lines[1:-1]))["dependencies"]
+    pins = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = {pin.name: pin for pin in (Requirement(line) for line in pins if not line.startswith("#"))}
+    for wanted in map(Requirement, ranges):
+        (version,) = (specifier.version for specifier in pinned.pop(wanted.name).specifier)
+        assert wanted.specifier.contains(version), wanted
+    assert not pinned

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALGORITHMS, ROOT, same, short_run, write_demonstrations
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import ALGORITHMS, ROOT, same, short_run, write_demonstrations
 
 
 def test_two_runs_are_identical(gild_script):
@@ -125,8 +126,8 @@ def test_the_logs_of_a_run(gild_script, algorithm):
     rows = (run_dir / "evaluations.csv").read_text().splitlines()
     assert rows[0] == "global_step,return_mean,return_std"
     assert [row.split(",")[0] for row in rows[1:]] == ["150", "300", "350"]
-    arguments = json.loads((run_dir / "args.json").read_text())
-    assert arguments["ws_frac"] == 1.0 and arguments["versions"]["torch"] == torch.__version__
+    about = json.loads((run_dir / "args.json").read_text())
+    assert about["args"]["ws_frac"] == 1.0 and about["versions"]["torch"] == torch.__version__
 
 
 def test_policies_are_kept_when_asked(vanilla_script):

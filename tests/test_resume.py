@@ -1,0 +1,150 @@
+"""A run that is killed, stopped or resumed is, in the end, the run that was not."""
+
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.soak import assert_same_run, killed, uninterrupted
+
+FLAGS = """--env-id Point2D-v0 --total-timesteps 700 --learning-starts 200 --batch-size 32 --no-cuda
+--eval-frequency 100 --eval-episodes 1 --checkpoint-frequency 250 --buffer-size 600"""
+
+
+def run(folder, *flags, script="gild_ddpg.py", code=0):
+    """Runs a script to its end in a folder; returns standard output and standard error."""
+    command = [sys.executable, ROOT / script, *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+def gild_flags(**changes):
+    values = {"gild-init": "random", "ws-frac": "0.4", **changes}
+    return FLAGS.split() + [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A DDPG+GILD run of 700 steps; its last checkpoint is older than its last evaluations."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder, *gild_flags())
+    (run_dir,) = (folder / "runs").iterdir()
+    assert 250 <= torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] < 700
+    return run_dir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "runs" / finished.name)
+
+
+def test_kills_at_random_moments(algorithm, tmp_path):
+    path, kills = killed(algorithm, tmp_path / "killed", 4, random.Random(algorithm))
+    assert kills >= 2
+    assert_same_run(path, uninterrupted(algorithm, tmp_path / "whole"))
+
+
+def test_resuming_repeats_what_came_after_the_checkpoint(finished, copy, tmp_path):
+    with open(copy / "evaluations.csv", "a") as file:
+        file.write("70")  # a row that a kill tore
+    (copy / "policy.pt").unlink()
+    run(tmp_path, "--resume", str(copy))
+    assert_same_run(copy, finished)
+    run(tmp_path, "--resume", str(copy), "--no-save-model")  # logging may change
+    assert_same_run(copy, finished)
+
+
+def test_more_steps_are_as_if_asked_for_at_once(finished, copy, tmp_path):
+    """The warm start's end is that of the run's own total, 0.4 * 700 = 0.28 * 1000."""
+    run(tmp_path, "--resume", str(copy), "--total-timesteps", "1000")
+    run(tmp_path, *gild_flags(**{"total-timesteps": "1000", "ws-frac": "0.28"}))
+    (other,) = (path for path in (tmp_path / "runs").iterdir() if path != copy)
+    assert_same_run(copy, other)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint(finished, tmp_path, number, code):
+    command = [sys.executable, ROOT / "gild_ddpg.py", *gild_flags(**{"checkpoint-frequency": "100000"})]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("runs/*/policy.pt")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == code and len(errors.splitlines()) == 1
+    (script, run_dir) = re.search(r"to go on: python (\S+) --resume (\S+)", out).groups()
+    assert torch.load(tmp_path / run_dir / "checkpoint.pt", weights_only=True)["global_step"] < 700
+    run(tmp_path, "--resume", run_dir, script=script)
+    for name in ("evaluations.csv",):
+        assert (tmp_path / run_dir / name).read_bytes() == (finished / name).read_bytes()
+    weights = (torch.load(path / "policy.pt", weights_only=True) for path in (tmp_path / run_dir, finished))
+    a, b = (weight["actor"] for weight in weights)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    flags = "--env-id HalfCheetah-v4 --ws-frac 0 --no-cuda --eval-frequency 100 --learning-starts 256"
+    command = [sys.executable, ROOT / "gild_ddpg.py", *flags.split(), "--eval-episodes", "1"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("runs/*/policy.pt")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_checkpoint_holds_the_filled_part_only(finished):
+    state = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert state["added"] == state["global_step"] == len(state["rows"])
+    storage = state["rows"].untyped_storage().nbytes()
+    assert storage == 4 * len(state["rows"]) * (2 + 2 + 1 + 2 + 1)
+
+
+def test_a_failed_write_leaves_the_last_file(gild_script, tmp_path, monkeypatch):
+    gild_script.save(tmp_path / "checkpoint.pt", {"step": 1})
+
+    def full(data, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gild_script.torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        gild_script.save(tmp_path / "checkpoint.pt", {"step": 2})
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True) == {"step": 1}
+
+
+def test_numbers_that_are_not_finite_stop_a_run(gild_script, monkeypatch):
+    """A poisoned reward reaches the action within a step or two; the checkpoint before stays."""
+    args = gild_script.Args(env_id="Point2D-v0", total_timesteps=400, learning_starts=100, batch_size=16)
+    args.cuda, args.ws_frac, args.eval_episodes, args.buffer_size = False, 0.0, 1, 500
+    args.checkpoint_frequency = 100
+    add = gild_script.ReplayBuffer.add
+
+    def poisoned(self, obs, action, reward, next_obs, terminated):
+        add(self, obs, action, float("nan") if self.added >= 250 else reward, next_obs, terminated)
+
+    monkeypatch.setattr(gild_script.ReplayBuffer, "add", poisoned)
+    with pytest.raises(
+        FloatingPointError, match=r"(action|losses/\w+) is not finite at step \d+; go on from"
+    ):
+        gild_script.train(args)
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    assert state["global_step"] <= 250
+    assert all(value.isfinite().all() for value in state["learners"]["actor"].values())
