@@ -454,11 +454,16 @@ def make_run_dir(args: Args) -> Path:
 def save(path: Path, data):
     """torch.save, atomically: whatever happens, `path` is the old file or the new one."""
     path.parent.mkdir(exist_ok=True)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch raises its own on top of the file system's
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error.__context__ or error}") from None
 
 
 def save_checkpoint(run_dir: Path, global_step: int, learners: dict, generators: list, buffer: ReplayBuffer):

@@ -1,7 +1,9 @@
 """A run that is killed, stopped or resumed is, in the end, the run that was not."""
 
+import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -115,18 +117,30 @@ def test_a_checkpoint_holds_the_filled_part_only(finished):
     assert storage == 4 * len(state["rows"]) * (2 + 2 + 1 + 2 + 1)
 
 
-def test_a_failed_write_leaves_the_last_file(gild_script, tmp_path, monkeypatch):
-    gild_script.save(tmp_path / "checkpoint.pt", {"step": 1})
+def test_a_failed_write_leaves_the_last_file(finished, copy, tmp_path):
+    """A limit on the size of files stands for a full disk: it stops the next checkpoint half way."""
+    before = (copy / "checkpoint.pt").read_bytes()
+    command = [sys.executable, ROOT / "gild_ddpg.py", "--resume", copy, "--total-timesteps", "2000"]
+    limit = (500_000, 500_000)
+    full = subprocess.run(
+        [str(word) for word in command],
+        **{"cwd": tmp_path, "capture_output": True, "text": True},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
+    assert "checkpoint.pt could not be written" in full.stderr and "File too large" in full.stderr
+    assert (copy / "checkpoint.pt").read_bytes() == before
+    assert not list(copy.glob("*.tmp"))
 
-    def full(data, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gild_script.torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        gild_script.save(tmp_path / "checkpoint.pt", {"step": 2})
-    monkeypatch.undo()
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True) == {"step": 1}
+def test_the_replay_buffer_takes_what_the_rows_need(gild_script):
+    """Ant's 111 observations and 8 actions, a million times: below 1.1 GB."""
+    buffer = gild_script.ReplayBuffer(1_000_000, 111, 8, torch.device("cpu"))
+    resident = Path("/proc/self/statm").read_text().split()[1]
+    assert buffer.rows.nbytes == 4 * 1_000_000 * (111 + 8 + 1 + 111 + 1) < 1.1e9
+    buffer.rows.zero_()
+    grown = int(Path("/proc/self/statm").read_text().split()[1]) - int(resident)
+    assert grown * os.sysconf("SC_PAGE_SIZE") < 1.1e9
 
 
 def test_numbers_that_are_not_finite_stop_a_run(gild_script, monkeypatch):
