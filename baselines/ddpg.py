@@ -234,7 +234,8 @@ def evaluate(actor, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
 
 # RUNS: arguments and files, and checkpoints from which a run goes on as if it had not stopped, to the bit
 
-LOGGING = ("track", "wandb_project_name", "wandb_entity", "capture_video", "save_model", "keep_policies")
+LOGGING = ["resume", "track", "wandb_project_name", "wandb_entity", "capture_video"]
+LOGGING += ["save_model", "keep_policies"]
 signals = []  # SIGTERM or SIGINT, when one has come
 
 
@@ -267,10 +268,9 @@ def command_line() -> tuple[Args, int]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"no run of this script in {args.resume}: {error}") from None
     args = parse(default=run)
-    fixed = {k: v for k, v in vars(run).items() if k not in (*LOGGING, "resume", "total_timesteps")}
-    changed = [f"{k} {v} -> {vars(args)[k]}" for k, v in fixed.items() if vars(args)[k] != v]
-    if args.total_timesteps < run.total_timesteps:
-        changed += [f"total_timesteps {run.total_timesteps} -> {args.total_timesteps}"]
+    free = LOGGING + ["total_timesteps"] * (args.total_timesteps > run.total_timesteps)
+    new = vars(args)
+    changed = [f"{k} {v} -> {new[k]}" for k, v in vars(run).items() if k not in free and new[k] != v]
     if changed:
         raise InputError(f"{args.resume} was begun with other arguments: {', '.join(changed)}")
     return replace(args, total_timesteps=run.total_timesteps), args.total_timesteps
@@ -371,30 +371,30 @@ def train(args: Args, last_step: int | None = None) -> Path:
     learners = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
     learners |= {"critic": critic, "target_critic": target_critic, "critic_optimizer": critic_optimizer}
 
-    def generators():
-        return [env.unwrapped.np_random, env.action_space.np_random, rng]
-
-    first_step = load_checkpoint(args.resume, learners, generators(), buffer) + 1 if args.resume else 1
     run_dir = args.resume or make_run_dir(args)
     print(f"{run_dir} on {device}{', the only device' if args.cuda and device.type == 'cpu' else ''}")
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"))
+    obs, _ = env.reset(seed=args.seed)
+    first_step, ended, log = 1, False, {}
+    generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
+    if args.resume:
+        first_step, ended = load_checkpoint(run_dir, learners, generators, buffer) + 1, True
     if args.track:
         import wandb
 
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
         wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run_dir, purge_step=first_step)
-    if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"))
-    env = gym.wrappers.RecordEpisodeStatistics(env)
 
-    log, ended = {}, True
     last_step, checkpoint_step, start_time = last_step or args.total_timesteps, first_step - 1, time.time()
     last_good = f"go on from {run_dir}/checkpoint.pt, if there is one"
     progress = tqdm(total=last_step, initial=first_step - 1, unit=" steps", mininterval=1, disable=None)
     for global_step in range(first_step, last_step + 1):
         # ALGO LOGIC: act
         if ended:
-            obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
+            obs, _ = env.reset()
         if global_step <= args.learning_starts:
             action = env.action_space.sample()
         else:
@@ -450,7 +450,7 @@ def train(args: Args, last_step: int | None = None) -> Path:
                 save(run_dir / "policies" / f"{global_step}.pt", policy)
 
         if ended and (signals or global_step >= checkpoint_step + args.checkpoint_frequency):
-            save_checkpoint(run_dir, global_step, learners, generators(), buffer)
+            save_checkpoint(run_dir, global_step, learners, generators, buffer)
             checkpoint_step = global_step
             if signals:
                 break

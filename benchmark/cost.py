@@ -1,15 +1,18 @@
-"""What GILD costs: the time of a learner iteration with and without it, measured side by side.
+"""What GILD and checkpoints cost, measured side by side.
 
     python -m benchmark.cost
 
 The three learners take turns, 50 iterations each, on Hopper's shapes; a number is the median over the rounds.
+Then checkpoints with a full replay buffer of a million transitions are written, the largest that there are.
 """
 
 import statistics
+import tempfile
 import time
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -79,6 +82,23 @@ class Learner:
                 torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.tau)
 
 
+def checkpoint_seconds(learner: Learner, obs_dim: int, action_dim: int) -> float:
+    """Seconds to write a checkpoint with a full buffer: the median of three."""
+    script = learner.script
+    buffer = script.ReplayBuffer(1_000_000, obs_dim, action_dim, torch.device("cpu"))
+    buffer.rows.normal_()
+    buffer.added = len(buffer.rows)
+    learners = {"actor": learner.actor, "critic": learner.critic, "optimizer": learner.optimizers[0]}
+    seconds = []
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        (Path(folder) / "evaluations.csv").touch()
+        for _ in range(3):
+            start = time.perf_counter()
+            script.save_checkpoint(Path(folder), 0, learners, [], buffer)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def main(args: Args):
     torch.set_num_threads(args.threads)
     learners = {algorithm: Learner(algorithm) for algorithm in ("ddpg", "td3", "sac")}
@@ -98,6 +118,13 @@ def main(args: Args):
         ratio = statistics.median(g / v for g, v in zip(with_gild, vanilla, strict=True))
         milliseconds = f"{statistics.median(vanilla):.2f} | {statistics.median(with_gild):.2f}"
         print(f"| {algorithm.upper()} | {milliseconds} | {ratio:.2f} | {0.99 + 0.01 * ratio:.3f} |")
+    between = (
+        50_000 * statistics.median(times["td3", False]) / 1e3
+    )  # the learner's part of the default frequency
+    for task, dims in {"Hopper": (11, 3), "Ant": (111, 8)}.items():
+        seconds = checkpoint_seconds(learners["td3"], *dims)
+        share = f"{seconds / between:.2%} of the {between:.0f} s between two"
+        print(f"{task}: a checkpoint takes {seconds:.2f} s, {share}")
 
 
 if __name__ == "__main__":
