@@ -24,6 +24,7 @@ PANELS = {"point2d": ["return_mean"], "hopper": list(LABELS)}
 STYLES = {  # the variants that a figure shows, and the name that its legend and the table give them
     "td3": ("TD3", "0.5"),
     "td3-il": ("TD3+IL", "tab:orange"),
+    "td3-bc": ("behaviour cloning (TD3+IL, β = 0)", "gold"),
     "td3-gild-A": ("TD3+GILD to the end, (A)", "tab:green"),
     "td3-gild-B": ("TD3+GILD to the end, (B)", "tab:blue"),
     "td3-gild-10k-A": ("TD3+GILD for 10,000 iterations, (A)", "tab:olive"),

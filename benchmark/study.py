@@ -47,6 +47,7 @@ STUDIES = {
         {
             "td3": ("-m baselines.td3", 2),
             "td3-il": ("-m baselines.td3_il", 2),
+            "td3-bc": ("-m baselines.td3_il --il-beta 0", 2),
             "td3-gild-10k-A": (f"gild_td3.py --ws-frac 0.1 {OPTIMIZER_A}", 2),
             "td3-gild-10k-B": (f"gild_td3.py --ws-frac 0.1 {OPTIMIZER_B}", 2),
             "td3-gild-A": (f"gild_td3.py --ws-frac 1 {OPTIMIZER_A}", 2),
