@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 
 import gymnasium as gym
 import mujoco
@@ -33,8 +34,11 @@ class Args:
 
 def load_policy(path: Path):
     """The actor in a policy file, its algorithm's module (baselines.td3, ...), the file's other entries."""
-    about = torch.load(path, weights_only=True, map_location="cpu")
-    algorithm = about["script"].removeprefix("gild_").removesuffix("_il")
+    try:
+        about = torch.load(path, weights_only=True, map_location="cpu")
+        algorithm = about["script"].removeprefix("gild_").removesuffix("_il")
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError):
+        raise ValueError(f"{path} is no policy file of this project") from None
     module = import_module(f"baselines.{algorithm}")
     env = module.make_env(module.Args(env_id=about["env_id"]), training=False)
     actor = module.Actor(env.observation_space.shape[0], env.action_space)
@@ -92,5 +96,6 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except OSError as error:
-        sys.exit(f"demos.collect: {error}")
+    except (OSError, ValueError) as error:
+        print(f"demos.collect: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -60,10 +60,11 @@ class Point2D(gym.Env):
     def render(self):
         """The path in black, the rewarded disc in red: (256, 256, 3) uint8, 6 x 6 units, y upwards."""
         axis = (np.arange(256) + 0.5) / 256 * 6 - 3
-        pixels = np.stack(np.meshgrid(axis, -axis), axis=-1)
+        from_goal = np.hypot(axis - self.goal[0], -axis[:, None] - self.goal[1])
         image = np.full((256, 256, 3), 255, np.uint8)
-        image[np.linalg.norm(pixels - self.goal, axis=-1) < self.reward_radius] = (255, 160, 160)
-        image[np.linalg.norm(pixels - self.goal, axis=-1) < 0.05] = (200, 0, 0)
-        for position in self.path:
-            image[np.linalg.norm(pixels - position, axis=-1) < 0.04] = 0
+        image[from_goal < self.reward_radius] = (255, 160, 160)
+        image[from_goal < 0.05] = (200, 0, 0)
+        columns, rows = ((np.array(self.path) * (1, -1) + 3) / 6 * 255).round().astype(int).clip(1, 254).T
+        for shift in np.ndindex(3, 3):  # a dot of 3 x 3 pixels for each position
+            image[rows + shift[0] - 1, columns + shift[1] - 1] = 0
         return image

@@ -31,5 +31,5 @@ def test_the_flags_that_the_readme_names():
     args = {
         f"--{name.replace('_', '-')}" for a in ALGORITHMS for name in vars(import_module(f"gild_{a}").Args())
     }
-    args |= {"--help", "--policy", "--out", "--logdir", "--explore", "--jobs"}
+    args |= {"--help", "--policy", "--out", "--logdir", "--explore", "--jobs", "--kills", "--render", "--video"}
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README)) <= args

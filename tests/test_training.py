@@ -149,7 +149,7 @@ def run_alone(script, folder, *flags):
 
 
 def test_a_script_alone_in_an_empty_folder(algorithm, tmp_path):
-    flags = "--env-id Hopper-v4 --total-timesteps 260 --learning-starts 200 --eval-frequency 200 --ws-frac 1"
+    flags = "--env-id Hopper-v4 --total-timesteps 316 --learning-starts 256 --eval-frequency 200 --ws-frac 1"
     shutil.copy(ROOT / "demos" / "Hopper-td3.npz", tmp_path / "d.npz")
     run = run_alone(f"gild_{algorithm}.py", tmp_path, *flags.split(), "--demo-path", "d.npz")
     assert run.returncode == 0, run.stderr
