@@ -94,6 +94,30 @@ def test_a_signal_leaves_a_checkpoint(finished, tmp_path, number, code):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("script", ["baselines.td3", "baselines.ddpg_il", "baselines.sac_il"])
+def test_baselines_resume_too(script, tmp_path):
+    """After SIGTERM, by the command that is printed; as modules, from the project's folder."""
+    flags = [*FLAGS.split(), "--total-timesteps", "450", "--seed", "77"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "env": environment, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-m", script, *flags], **options, **pipes)
+    while not list(tmp_path.glob("runs/*/policy.pt")):
+        time.sleep(0.02)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    (words,) = re.findall(r"to go on: python (-m \S+ --resume \S+)", out)
+    resumed = subprocess.run([sys.executable, *words.split()], **options, capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = subprocess.run([sys.executable, "-m", script, *flags], **options, capture_output=True)
+    assert whole.returncode == 0
+    first, second = sorted(tmp_path.glob("runs/*"))
+    assert (first / "evaluations.csv").read_bytes() == (second / "evaluations.csv").read_bytes()
+    a, b = (torch.load(path / "policy.pt", weights_only=True)["actor"] for path in (first, second))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     flags = "--env-id HalfCheetah-v4 --ws-frac 0 --no-cuda --eval-frequency 100 --learning-starts 256"
     command = [sys.executable, ROOT / "gild_ddpg.py", *flags.split(), "--eval-episodes", "1"]
