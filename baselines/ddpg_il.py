@@ -287,9 +287,7 @@ def parse(**kwargs) -> Args:
         with contextlib.redirect_stderr(box):
             return tyro.cli(Args, **kwargs)
     except SystemExit as end:
-        if end.code:
-            raise InputError(re.sub(r"[╭╮╰╯│─\s]+", " ", box.getvalue())) from None
-        raise
+        raise (InputError(re.sub(r"[╭╮╰╯│─\s]+", " ", box.getvalue())) if end.code else end) from None
 
 
 def command_line() -> tuple[Args, int]:
@@ -310,9 +308,8 @@ def command_line() -> tuple[Args, int]:
         raise InputError(f"no run of this script in {args.resume}: {error}") from None
     args = parse(default=run)
     free = LOGGING + ["total_timesteps"] * (args.total_timesteps > run.total_timesteps)
-    new = vars(args)
-    changed = [f"{k} {v} -> {new[k]}" for k, v in vars(run).items() if k not in free and new[k] != v]
-    if changed:
+    pairs = zip(vars(run).items(), vars(args).values(), strict=True)
+    if changed := [f"{name} {old} -> {new}" for (name, old), new in pairs if name not in free and old != new]:
         raise InputError(f"{args.resume} was begun with other arguments: {', '.join(changed)}")
     return replace(args, total_timesteps=run.total_timesteps), args.total_timesteps
 
@@ -321,12 +318,9 @@ def make_run_dir(args: Args) -> Path:
     """A new runs/<task>__<experiment>__<seed>__<time>, with args.json and the head of evaluations.csv."""
     env_id = args.env_id.replace(":", "-").replace("/", "-")
     run_dir = Path("runs", f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    while run_dir.exists():  # begun in the same second
-        run_dir = run_dir.with_name(run_dir.name + "x")
     run_dir.mkdir(parents=True)
     versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
-    about = {"args": asdict(args), "versions": versions}
-    (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+    (run_dir / "args.json").write_text(json.dumps({"args": asdict(args), "versions": versions}, indent=2))
     (run_dir / "evaluations.csv").write_text("global_step,return_mean,return_std\n")
     return run_dir
 
@@ -348,14 +342,13 @@ def save(path: Path, data):
 
 def save_checkpoint(run_dir: Path, global_step: int, learners: dict, generators: list, buffer: ReplayBuffer):
     """Writes all that a run consists of between two episodes, when the simulator needs no state."""
-    state = {"script": Path(__file__).stem, "global_step": global_step, "added": buffer.added}
+    state = {name: (run_dir / name).read_text() for name in ("args.json", "evaluations.csv")}
+    state |= {"global_step": global_step, "added": buffer.added}
     state["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
     state["generators"] = [generator.bit_generator.state for generator in generators]
     state["torch"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    state["evaluations"] = (run_dir / "evaluations.csv").read_text()
-    rows = buffer.rows[: buffer.added]
-    storage = rows.untyped_storage()[: rows.nbytes]  # of a view, torch.save would write the whole buffer
-    state["rows"] = rows.new_empty(0).set_(storage, 0, rows.shape)
+    rows = buffer.rows[: buffer.added]  # of a mere view, torch.save would write the whole buffer
+    state["rows"] = rows.new_empty(0).set_(rows.untyped_storage()[: rows.nbytes], 0, rows.shape)
     save(run_dir / "checkpoint.pt", state)
 
 
@@ -364,8 +357,8 @@ def load_checkpoint(run_dir: Path, learners: dict, generators: list, buffer: Rep
     path = run_dir / "checkpoint.pt"
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        if state["script"] != Path(__file__).stem:
-            raise ValueError(f"it is of {state['script']}.py")
+        if state["args.json"] != (run_dir / "args.json").read_text():
+            raise ValueError("it is of a run with other arguments or versions")
         for name, learner in learners.items():
             learner.load_state_dict(state["learners"][name])
         for generator, generator_state in zip(generators, state["generators"], strict=True):
@@ -373,12 +366,11 @@ def load_checkpoint(run_dir: Path, learners: dict, generators: list, buffer: Rep
         torch.set_rng_state(state["torch"][0])
         torch.cuda.set_rng_state_all(state["torch"][1:])
         buffer.rows[: len(state["rows"])], buffer.added = state["rows"], state["added"]
-        evaluations, global_step = state["evaluations"], state["global_step"]
+        (run_dir / "evaluations.tmp").write_text(state["evaluations.csv"])
+        os.replace(run_dir / "evaluations.tmp", run_dir / "evaluations.csv")
+        return state["global_step"]
     except Exception as error:  # a missing, truncated or foreign file fails in a dozen ways
         raise InputError(f"{path} is no checkpoint to go on from: {str(error).splitlines()[0]}") from None
-    (run_dir / "evaluations.tmp").write_text(evaluations)
-    os.replace(run_dir / "evaluations.tmp", run_dir / "evaluations.csv")
-    return global_step
 
 
 def stop_after_episode(number, frame):

@@ -46,25 +46,30 @@ def load_policy(path: Path):
     return actor, module, {**about, "algorithm": algorithm}
 
 
-def rollout(actor, module, env_id: str, pairs: int, explore: bool, seed: int):
-    """Whole episodes of at least `pairs` steps together: the file's five arrays by name, and each return."""
+def rollout(actor, module, env_id: str, pairs: int, explore: bool, seed: int, episodes: int = 1):
+    """Whole episodes, at least `episodes`, of at least `pairs` steps together.
+
+    Returns the file's five arrays by name, and each episode's dense and sparse return, (episodes, 2).
+    """
     env = module.make_env(module.Args(env_id=env_id), training=False)
+    threshold = module.SPARSE_THRESHOLDS.get(module.task_name(env_id), -np.inf)
     low, high = env.action_space.low, env.action_space.high
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     steps, returns = [], []
-    while len(steps) < pairs:
+    while len(steps) < pairs or len(returns) < episodes:
         obs, _ = env.reset(seed=seed + len(returns))
-        ended, total = False, 0.0
+        ended, total = False, np.zeros(2)
         while not ended:
             if explore and module.__name__.endswith("sac"):
                 action = module.act(actor, obs, explore=True)
             else:
                 noise = rng.normal(0, 0.1 * (high - low) / 2) if explore else 0.0
                 action = np.float32((module.act(actor, obs) + noise).clip(low, high))
-            next_obs, reward, terminated, truncated, _ = env.step(action)
+            next_obs, reward, terminated, truncated, info = env.step(action)
             steps.append((obs, action, reward, terminated, truncated))
-            obs, ended, total = next_obs, terminated or truncated, total + reward
+            total += reward, reward if info.get("x_position", 0.0) > threshold else 0.0
+            obs, ended = next_obs, terminated or truncated
         returns.append(total)
     kinds = {"observations": np.float32, "actions": np.float32, "rewards": np.float32}
     kinds |= {"terminations": bool, "truncations": bool}
@@ -82,15 +87,22 @@ def save_demonstrations(path: Path, env_id: str, observations, actions, **more):
     os.replace(temporary, path)
 
 
+def collect(policy: Path, out: Path, pairs: int, explore: bool, seed: int) -> dict:
+    """Writes a saved policy's episodes as a demonstration file. Returns its metadata and `pairs`."""
+    actor, module, about = load_policy(policy)
+    data, returns = rollout(actor, module, about["env_id"], pairs, explore, seed)
+    about |= {"explore": explore, "episodes": len(returns)}
+    for name, column in zip(("return", "sparse_return"), returns.T, strict=True):
+        about |= {f"{name}_mean": float(column.mean()), f"{name}_std": float(column.std())}
+    about["versions"] = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
+    save_demonstrations(out, about["env_id"], **data, metadata=about)
+    return {**about, "pairs": len(data["rewards"])}
+
+
 def main(args: Args):
-    actor, module, about = load_policy(args.policy)
-    data, returns = rollout(actor, module, about["env_id"], args.pairs, args.explore, args.seed)
-    versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
-    about |= {"explore": args.explore, "episodes": len(returns), "versions": versions}
-    about |= {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-    save_demonstrations(args.out, about["env_id"], **data, metadata=about)
-    print(f"{args.out}: {len(data['rewards'])} pairs, {len(returns)} episodes, ", end="")
-    print(f"return {returns.mean():.1f} ± {returns.std():.1f}")
+    about = collect(args.policy, args.out, args.pairs, args.explore, args.seed)
+    print(f"{args.out}: {about['pairs']} pairs, {about['episodes']} episodes, ", end="")
+    print(f"return {about['return_mean']:.1f} ± {about['return_std']:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Demonstration files: what is refused, and what collecting and loading keep."""
 
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from demos.collect import load_policy, rollout, save_demonstrations
+from demos.collect import collect, load_policy, rollout, save_demonstrations
+from demos.make import BANDS, EXPERTS, PAIRS, evaluations, table
 from tests.conftest import ROOT, write_demonstrations
 
 
@@ -84,10 +88,15 @@ def test_a_v4_file_serves_v5_where_the_widths_agree(gild_script):
     assert load(gild_script, ROOT / "demos" / "Hopper-td3.npz", "Hopper-v5").obs.shape[1] == 11
 
 
-@pytest.mark.parametrize("task", ["Hopper", "Point2D"])
-def test_the_shipped_files(gild_script, algorithm, task):
-    path = ROOT / "demos" / f"{task}-{algorithm}.npz"
-    buffer = load(gild_script, path, {"Hopper": "Hopper-v4", "Point2D": "Point2D-v0"}[task])
+SHIPPED = sorted(path.stem for path in (ROOT / "demos").glob("*.npz"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_files(name):
+    task, algorithm = name.split("-")
+    path = ROOT / "demos" / f"{name}.npz"
+    env_id = "Point2D-v0" if task == "Point2D" else f"{task}-v4"
+    buffer = load(import_module(f"gild_{algorithm}"), path, env_id)
     with np.load(path, allow_pickle=False) as file:
         metadata = json.loads(str(file["metadata"]))
         ends = file["terminations"] | file["truncations"]
@@ -96,14 +105,61 @@ def test_the_shipped_files(gild_script, algorithm, task):
     floats = dict.fromkeys(("observations", "actions", "rewards"), np.dtype("float32"))
     assert kinds == floats | dict.fromkeys(("terminations", "truncations"), np.dtype("bool"))
     assert ends[-1] and ends.sum() == metadata["episodes"]  # whole episodes
-    assert 4_000 <= len(buffer.obs) < 5_000
+    assert PAIRS[task] <= len(buffer.obs) < PAIRS[task] + 1_000
     assert metadata["algorithm"] == algorithm
     assert returns.mean() == pytest.approx(metadata["return_mean"], rel=1e-5)
     assert returns.std() == pytest.approx(metadata["return_std"], rel=1e-4)
-    # clearly sub-optimal, against Point2D's optimum and the dense returns in the TD3 paper's Table 1
-    expert = {"ddpg": 1860, "td3": 3564, "sac": 2997}[algorithm] if task == "Hopper" else 83.8
-    assert 0.4 < returns.mean() / expert < 0.9
+    assert 0.4 < returns.mean() / EXPERTS[task][algorithm] < 0.9  # clearly sub-optimal
     assert path.stat().st_size < 2_000_000
+    assert (path.parent / "policies" / f"{name}.pt").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_comes_again_from_its_policy(name, tmp_path):
+    task = name.split("-")[0]
+    policy = ROOT / "demos" / "policies" / f"{name}.pt"
+    collect(policy, tmp_path / "again.npz", PAIRS[task], explore=task == "Point2D", seed=0)
+    assert (tmp_path / "again.npz").read_bytes() == (ROOT / "demos" / f"{name}.npz").read_bytes()
+
+
+def test_the_readme_has_the_table_of_the_shipped_files():
+    assert table(ROOT / "demos") in (ROOT / "demos" / "README.md").read_text()
+
+
+def test_making_demonstrations_stops_and_goes_on(tmp_path):
+    """Stopped by a signal, then begun again: one training run, and the first policy that the rule admits."""
+    command = [
+        sys.executable,
+        "-m",
+        "demos.make",
+        "--env-id",
+        "Point2D-v0",
+        "--algo",
+        "ddpg",
+        "--out",
+        tmp_path,
+    ]
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "text": True}
+    (tmp_path / "README.md").write_text("before\n\n| file |\n|---|\n\nafter\n")
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, **options) as first:
+        lines = iter(first.stdout.readline, "")
+        assert any(line.startswith("step     1,250") for line in lines)
+        first.terminate()
+        first.communicate()
+    assert first.returncode == 143 and not (tmp_path / "Point2D-ddpg.npz").exists()
+    done = subprocess.run(command, stderr=subprocess.PIPE, **options)
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = Path("runs").iterdir()
+    means = evaluations(run_dir)
+    _, _, about = load_policy(tmp_path / "policies" / "Point2D-ddpg.pt")
+    low, high = (share * 83.8 for share in BANDS["Point2D"])
+    assert low <= means[about["global_step"]] <= high
+    rejected = re.findall(r"step ([\d,]+): [\d.]+, over 20 more", done.stdout)[:-1]
+    skipped = [step for step, mean in means.items() if low <= mean <= high and step < about["global_step"]]
+    assert skipped == [int(step.replace(",", "")) for step in rejected]
+    load(import_module("gild_ddpg"), tmp_path / "Point2D-ddpg.npz")
+    assert (tmp_path / "README.md").read_text() == f"before\n\n{table(tmp_path)}\nafter\n"
+    assert "| Point2D-ddpg |" in table(tmp_path)
 
 
 def test_collecting_from_a_run(algorithm, tmp_path):

@@ -63,7 +63,8 @@ ARGUMENTS = {
     "--resume empty": "empty",
     "--resume other": "another",
     "--resume truncated": "truncated",
-    "--resume foreign": "foreign",
+    "--resume foreign": "foreign/checkpoint.pt is no checkpoint to go on from: it is of a run with other",
+    "--resume older": "older/checkpoint.pt is no checkpoint to go on from: 'generators'",
     "--resume whole --seed 5": "seed 1 -> 5",
     "--resume whole --gild-lr 0.1": "gild_lr",
     "--resume whole --total-timesteps 299": "total_timesteps 300 -> 299",
@@ -80,14 +81,17 @@ def folder(tmp_path_factory):
     run_dir.rename(folder / "whole")
     shutil.rmtree(folder / "runs")
     (folder / "empty").mkdir()
-    for name in ("other", "truncated", "foreign"):
+    for name in ("other", "truncated", "foreign", "older"):
         shutil.copytree(folder / "whole", folder / name)
     about = json.loads((folder / "other" / "args.json").read_text())
     about["args"]["another"] = 1  # an argument that this version has not
     (folder / "other" / "args.json").write_text(json.dumps(about))
     checkpoint = folder / "truncated" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:100_000])
-    torch.save({"script": "gild_ddpg"}, folder / "foreign" / "checkpoint.pt")
+    state = torch.load(folder / "whole" / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "args.json": "of another run"}, folder / "foreign" / "checkpoint.pt")
+    del state["generators"]
+    torch.save(state, folder / "older" / "checkpoint.pt")
 
     good = write_demonstrations(folder / "good.npz").read_bytes()
     (folder / "truncated.npz").write_bytes(good[: len(good) // 2])
