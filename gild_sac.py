@@ -58,6 +58,7 @@ class Args:
     torch_deterministic: bool = True  # only PyTorch's deterministic kernels
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
+    compile: bool = False  # torch.compile the gradients: a minute at the start, faster steps, other rounding
     track: bool = False  # log to Weights & Biases too (needs the wandb package)
     wandb_project_name: str = "gild"  # the project there
     wandb_entity: str | None = None  # the entity (team) there
@@ -342,6 +343,20 @@ def gradient(loss, params, **kwargs):
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
+def critic_gradients(critic, *inputs):
+    """The critic's gradient, by parameter name; then what `critic_loss` returns for the inputs, detached."""
+    values = critic_loss(critic, *inputs)
+    grad = gradient(values[0], dict(critic.named_parameters()))
+    return grad, *(value.detach() for value in values)
+
+
+def actor_gradients(actor, critic, obs, noise, alpha):
+    """The gradient of Eq. (2) for phi, as a dict by parameter name, log pi, and values to log."""
+    loss, log_prob = rl_loss(actor, critic, obs, noise, alpha)
+    log = {"losses/actor_loss": loss.detach()}
+    return gradient(loss, dict(actor.named_parameters())), log_prob.detach(), log
+
+
 def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, w_rl, lr, meta_kind):
     """Lines 6 to 9 of Algorithm 1, without changing a parameter; `demo` is (s_d, a_d).
 
@@ -379,7 +394,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, w_rl, 
         "losses/meta_grad_norm": torch.stack([g.norm() for g in omega_grad.values()]).norm(),
         "charts/imitation_distance": distance,
     }
-    return phi_grad, omega_grad, rl_log_prob, log
+    return phi_grad, omega_grad, rl_log_prob.detach(), {name: value.detach() for name, value in log.items()}
 
 
 def step(optimizer, module, grad):
@@ -387,6 +402,18 @@ def step(optimizer, module, grad):
     for name, parameter in module.named_parameters():
         parameter.grad = grad[name]
     optimizer.step()
+
+
+def can_compile() -> bool:
+    """Sets torch.compile up for the functions above, and tries it."""
+    try:
+        torch._dynamo.config.trace_autograd_ops = True  # the gradients are part of the functions
+        torch._inductor.config.fallback_random = True  # the random numbers are those of the eager path
+        torch.compile(torch.sin)(torch.ones(2))
+    except Exception as error:  # no compiler, one that does not work, an older PyTorch
+        print(f"--compile: going on without it: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 def fit_imitation(gild, demonstrations, action_space, iterations=2_000, batch_size=256):
@@ -578,6 +605,10 @@ def train(args: Args, last_step: int | None = None) -> Path:
         gild_optimizer = torch.optim.Adam(gild.parameters(), **gild_adam, fused=True)
         learners |= {"gild": gild, "gild_optimizer": gild_optimizer}
 
+    compiled = torch.compile if args.compile and can_compile() else lambda function: function
+    update_critic, update_actor = compiled(critic_gradients), compiled(actor_gradients)
+    update_gild = compiled(gild_gradients)
+
     run_dir = args.resume or make_run_dir(args)
     print(f"{run_dir} on {device}{', the only device' if args.cuda and device.type == 'cpu' else ''}")
     env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -622,8 +653,10 @@ def train(args: Args, last_step: int | None = None) -> Path:
         if iteration > 0:
             batch = buffer.sample(args.batch_size)
             alpha = log_alpha.exp().detach()
-            qf_loss, q1, q2 = critic_loss(critic, target_critic, actor, batch, args.gamma, alpha)
-            step(critic_optimizer, critic, gradient(qf_loss, dict(critic.named_parameters())))
+            critic_grad, qf_loss, q1, q2 = update_critic(
+                critic, target_critic, actor, batch, args.gamma, alpha
+            )
+            step(critic_optimizer, critic, critic_grad)
 
             noise = torch.randn_like(batch[1])
             if iteration <= gild_iterations:  # the warm start
@@ -632,17 +665,15 @@ def train(args: Args, last_step: int | None = None) -> Path:
                 noise = (noise, torch.randn_like(noise), torch.randn_like(noise))
                 w_rl = rl_weight(q1, args.il_beta)
                 lr, kind = args.learning_rate, args.meta_loss
-                phi_grad, omega_grad, log_prob, log = gild_gradients(
+                phi_grad, omega_grad, log_prob, log = update_gild(
                     actor, critic, gild, batch[0], demo, val_obs, noise, alpha, w_rl, lr, kind
                 )
                 step(gild_optimizer, gild, omega_grad)  # Eq. (11)
             else:
-                loss, log_prob = rl_loss(actor, critic, batch[0], noise, alpha)
-                phi_grad = gradient(loss, dict(actor.named_parameters()))
-                log = {"losses/actor_loss": loss}
+                phi_grad, log_prob, log = update_actor(actor, critic, batch[0], noise, alpha)
             step(actor_optimizer, actor, phi_grad)
             if autotune:
-                alpha_loss = -(log_alpha * (log_prob.detach() - action_dim)).mean()  # target entropy -|A|
+                alpha_loss = -(log_alpha * (log_prob - action_dim)).mean()  # target entropy -|A|
                 alpha_optimizer.zero_grad()
                 alpha_loss.backward()
                 alpha_optimizer.step()

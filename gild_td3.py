@@ -57,6 +57,7 @@ class Args:
     torch_deterministic: bool = True  # only PyTorch's deterministic kernels
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
+    compile: bool = False  # torch.compile the gradients: a minute at the start, faster steps, other rounding
     track: bool = False  # log to Weights & Biases too (needs the wandb package)
     wandb_project_name: str = "gild"  # the project there
     wandb_entity: str | None = None  # the entity (team) there
@@ -303,6 +304,20 @@ def gradient(loss, params, **kwargs):
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
+def critic_gradients(critic, *inputs):
+    """The critic's gradient, by parameter name; then what `critic_loss` returns for the inputs, detached."""
+    values = critic_loss(critic, *inputs)
+    grad = gradient(values[0], dict(critic.named_parameters()))
+    return grad, *(value.detach() for value in values)
+
+
+def actor_gradients(actor, critic, obs):
+    """The gradient of Eq. (2) for phi, as a dict by parameter name, and values to log."""
+    loss = rl_loss(actor, critic, obs)
+    log = {"losses/actor_loss": loss.detach()}
+    return gradient(loss, dict(actor.named_parameters())), log
+
+
 def gild_gradients(actor, critic, gild, obs, demo, val_obs, w_rl, lr, meta_kind):
     """Lines 6 to 9 of Algorithm 1, without changing a parameter; `demo` is (s_d, a_d), `lr` is alpha.
 
@@ -338,7 +353,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, w_rl, lr, meta_kind)
         "losses/meta_grad_norm": torch.stack([g.norm() for g in omega_grad.values()]).norm(),
         "charts/imitation_distance": imitation_loss,
     }
-    return phi_grad, omega_grad, log
+    return phi_grad, omega_grad, {name: value.detach() for name, value in log.items()}
 
 
 def step(optimizer, module, grad):
@@ -346,6 +361,18 @@ def step(optimizer, module, grad):
     for name, parameter in module.named_parameters():
         parameter.grad = grad[name]
     optimizer.step()
+
+
+def can_compile() -> bool:
+    """Sets torch.compile up for the functions above, and tries it."""
+    try:
+        torch._dynamo.config.trace_autograd_ops = True  # the gradients are part of the functions
+        torch._inductor.config.fallback_random = True  # the random numbers are those of the eager path
+        torch.compile(torch.sin)(torch.ones(2))
+    except Exception as error:  # no compiler, one that does not work, an older PyTorch
+        print(f"--compile: going on without it: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 def fit_imitation(gild, demonstrations, action_space, iterations=2_000, batch_size=256):
@@ -533,6 +560,10 @@ def train(args: Args, last_step: int | None = None) -> Path:
         gild_optimizer = torch.optim.Adam(gild.parameters(), **gild_adam, fused=True)
         learners |= {"gild": gild, "gild_optimizer": gild_optimizer}
 
+    compiled = torch.compile if args.compile and can_compile() else lambda function: function
+    update_critic, update_actor = compiled(critic_gradients), compiled(actor_gradients)
+    update_gild = compiled(gild_gradients)
+
     run_dir = args.resume or make_run_dir(args)
     print(f"{run_dir} on {device}{', the only device' if args.cuda and device.type == 'cpu' else ''}")
     env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -578,24 +609,22 @@ def train(args: Args, last_step: int | None = None) -> Path:
         iteration = global_step - args.learning_starts
         if iteration > 0:
             batch = buffer.sample(args.batch_size)
-            qf_loss, q1, q2 = critic_loss(
+            critic_grad, qf_loss, q1, q2 = update_critic(
                 critic, target_critic, target_actor, batch, args.gamma, args.policy_noise, args.noise_clip
             )
-            step(critic_optimizer, critic, gradient(qf_loss, dict(critic.named_parameters())))
+            step(critic_optimizer, critic, critic_grad)
 
             if iteration % args.policy_frequency == 0:
                 if iteration <= gild_iterations:  # the warm start
                     demo = demonstrations.sample(args.batch_size)
                     val_obs = buffer.sample(args.batch_size)[0]
                     w_rl = rl_weight(q1, args.il_beta)
-                    phi_grad, omega_grad, log = gild_gradients(
+                    phi_grad, omega_grad, log = update_gild(
                         actor, critic, gild, batch[0], demo, val_obs, w_rl, args.learning_rate, args.meta_loss
                     )
                     step(gild_optimizer, gild, omega_grad)  # Eq. (11)
                 else:
-                    loss = rl_loss(actor, critic, batch[0])
-                    phi_grad = gradient(loss, dict(actor.named_parameters()))
-                    log = {"losses/actor_loss": loss}
+                    phi_grad, log = update_actor(actor, critic, batch[0])
                 step(actor_optimizer, actor, phi_grad)
                 with torch.no_grad():
                     for target, online in ((target_critic, critic), (target_actor, actor)):

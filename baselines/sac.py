@@ -40,6 +40,7 @@ class Args:
     torch_deterministic: bool = True  # only PyTorch's deterministic kernels
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
+    compile: bool = False  # torch.compile the gradients: a minute at the start, faster steps, other rounding
     track: bool = False  # log to Weights & Biases too (needs the wandb package)
     wandb_project_name: str = "gild"  # the project there
     wandb_entity: str | None = None  # the entity (team) there
@@ -245,11 +246,37 @@ def gradient(loss, params, **kwargs):
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
+def critic_gradients(critic, *inputs):
+    """The critic's gradient, by parameter name; then what `critic_loss` returns for the inputs, detached."""
+    values = critic_loss(critic, *inputs)
+    grad = gradient(values[0], dict(critic.named_parameters()))
+    return grad, *(value.detach() for value in values)
+
+
+def actor_gradients(actor, critic, obs, noise, alpha):
+    """The gradient of Eq. (2) for phi, as a dict by parameter name, log pi, and values to log."""
+    loss, log_prob = rl_loss(actor, critic, obs, noise, alpha)
+    log = {"losses/actor_loss": loss.detach()}
+    return gradient(loss, dict(actor.named_parameters())), log_prob.detach(), log
+
+
 def step(optimizer, module, grad):
     """One step of the optimizer along a gradient given by parameter name."""
     for name, parameter in module.named_parameters():
         parameter.grad = grad[name]
     optimizer.step()
+
+
+def can_compile() -> bool:
+    """Sets torch.compile up for the functions above, and tries it."""
+    try:
+        torch._dynamo.config.trace_autograd_ops = True  # the gradients are part of the functions
+        torch._inductor.config.fallback_random = True  # the random numbers are those of the eager path
+        torch.compile(torch.sin)(torch.ones(2))
+    except Exception as error:  # no compiler, one that does not work, an older PyTorch
+        print(f"--compile: going on without it: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 # EVALUATION
@@ -408,6 +435,9 @@ def train(args: Args, last_step: int | None = None) -> Path:
     learners |= {"critic": critic, "target_critic": target_critic, "critic_optimizer": critic_optimizer}
     learners |= {"log_alpha": nn.ParameterList([log_alpha]), "alpha_optimizer": alpha_optimizer}
 
+    compiled = torch.compile if args.compile and can_compile() else lambda function: function
+    update_critic, update_actor = compiled(critic_gradients), compiled(actor_gradients)
+
     run_dir = args.resume or make_run_dir(args)
     print(f"{run_dir} on {device}{', the only device' if args.cuda and device.type == 'cpu' else ''}")
     env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -450,16 +480,16 @@ def train(args: Args, last_step: int | None = None) -> Path:
         if iteration > 0:
             batch = buffer.sample(args.batch_size)
             alpha = log_alpha.exp().detach()
-            qf_loss, q1, q2 = critic_loss(critic, target_critic, actor, batch, args.gamma, alpha)
-            step(critic_optimizer, critic, gradient(qf_loss, dict(critic.named_parameters())))
+            critic_grad, qf_loss, q1, q2 = update_critic(
+                critic, target_critic, actor, batch, args.gamma, alpha
+            )
+            step(critic_optimizer, critic, critic_grad)
 
             noise = torch.randn_like(batch[1])
-            loss, log_prob = rl_loss(actor, critic, batch[0], noise, alpha)
-            phi_grad = gradient(loss, dict(actor.named_parameters()))
-            log = {"losses/actor_loss": loss}
+            phi_grad, log_prob, log = update_actor(actor, critic, batch[0], noise, alpha)
             step(actor_optimizer, actor, phi_grad)
             if autotune:
-                alpha_loss = -(log_alpha * (log_prob.detach() - action_dim)).mean()  # target entropy -|A|
+                alpha_loss = -(log_alpha * (log_prob - action_dim)).mean()  # target entropy -|A|
                 alpha_optimizer.zero_grad()
                 alpha_loss.backward()
                 alpha_optimizer.step()

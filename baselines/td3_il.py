@@ -40,6 +40,7 @@ class Args:
     torch_deterministic: bool = True  # only PyTorch's deterministic kernels
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
+    compile: bool = False  # torch.compile the gradients: a minute at the start, faster steps, other rounding
     track: bool = False  # log to Weights & Biases too (needs the wandb package)
     wandb_project_name: str = "gild"  # the project there
     wandb_entity: str | None = None  # the entity (team) there
@@ -256,11 +257,39 @@ def gradient(loss, params, **kwargs):
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
+def critic_gradients(critic, *inputs):
+    """The critic's gradient, by parameter name; then what `critic_loss` returns for the inputs, detached."""
+    values = critic_loss(critic, *inputs)
+    grad = gradient(values[0], dict(critic.named_parameters()))
+    return grad, *(value.detach() for value in values)
+
+
+def actor_gradients(actor, critic, obs, demo, w_rl):
+    """The gradient of Eq. (3) for phi, as a dict by parameter name, and values to log."""
+    demo_obs, demo_action = demo
+    imitation = il_loss(actor(demo_obs), demo_action)
+    loss = w_rl * rl_loss(actor, critic, obs) + imitation
+    log = {"losses/actor_loss": loss.detach(), "charts/imitation_distance": imitation.detach()}
+    return gradient(loss, dict(actor.named_parameters())), log
+
+
 def step(optimizer, module, grad):
     """One step of the optimizer along a gradient given by parameter name."""
     for name, parameter in module.named_parameters():
         parameter.grad = grad[name]
     optimizer.step()
+
+
+def can_compile() -> bool:
+    """Sets torch.compile up for the functions above, and tries it."""
+    try:
+        torch._dynamo.config.trace_autograd_ops = True  # the gradients are part of the functions
+        torch._inductor.config.fallback_random = True  # the random numbers are those of the eager path
+        torch.compile(torch.sin)(torch.ones(2))
+    except Exception as error:  # no compiler, one that does not work, an older PyTorch
+        print(f"--compile: going on without it: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 # EVALUATION
@@ -417,6 +446,9 @@ def train(args: Args, last_step: int | None = None) -> Path:
     learners = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
     learners |= {"critic": critic, "target_critic": target_critic, "critic_optimizer": critic_optimizer}
 
+    compiled = torch.compile if args.compile and can_compile() else lambda function: function
+    update_critic, update_actor = compiled(critic_gradients), compiled(actor_gradients)
+
     run_dir = args.resume or make_run_dir(args)
     print(f"{run_dir} on {device}{', the only device' if args.cuda and device.type == 'cpu' else ''}")
     env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -460,17 +492,15 @@ def train(args: Args, last_step: int | None = None) -> Path:
         iteration = global_step - args.learning_starts
         if iteration > 0:
             batch = buffer.sample(args.batch_size)
-            qf_loss, q1, q2 = critic_loss(
+            critic_grad, qf_loss, q1, q2 = update_critic(
                 critic, target_critic, target_actor, batch, args.gamma, args.policy_noise, args.noise_clip
             )
-            step(critic_optimizer, critic, gradient(qf_loss, dict(critic.named_parameters())))
+            step(critic_optimizer, critic, critic_grad)
 
             if iteration % args.policy_frequency == 0:
-                demo_obs, demo_action = demonstrations.sample(args.batch_size)
-                imitation = il_loss(actor(demo_obs), demo_action)
-                loss = rl_weight(q1, args.il_beta) * rl_loss(actor, critic, batch[0]) + imitation
-                phi_grad = gradient(loss, dict(actor.named_parameters()))
-                log = {"losses/actor_loss": loss, "charts/imitation_distance": imitation}
+                demo = demonstrations.sample(args.batch_size)
+                w_rl = rl_weight(q1, args.il_beta)
+                phi_grad, log = update_actor(actor, critic, batch[0], demo, w_rl)
                 step(actor_optimizer, actor, phi_grad)
                 with torch.no_grad():
                     for target, online in ((target_critic, critic), (target_actor, actor)):
