@@ -507,6 +507,8 @@ def make_run_dir(args: Args) -> Path:
     """A new runs/<task>__<experiment>__<seed>__<time>, with args.json and the head of evaluations.csv."""
     env_id = args.env_id.replace(":", "-").replace("/", "-")
     run_dir = Path("runs", f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    while run_dir.exists():  # begun in the same second
+        run_dir = run_dir.with_name(run_dir.name + "x")
     run_dir.mkdir(parents=True)
     versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
     (run_dir / "args.json").write_text(json.dumps({"args": asdict(args), "versions": versions}, indent=2))
