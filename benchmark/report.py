@@ -17,10 +17,21 @@ from benchmark.study import RESULTS, STUDIES
 FIGURES = Path(__file__).parent / "figures"
 LABELS = {
     "return_mean": "return",
+    "sparse_return": "sparse return",
     "q_mean": "critic's mean value",
     "imitation_distance": "imitation distance",
 }
 PANELS = {"point2d": ["return_mean"], "hopper": list(LABELS)}
+SCORES = {
+    "point2d": {
+        "best evaluation": lambda run: run["return_mean"].max(),
+        "last evaluation": lambda run: run["return_mean"][-1],
+    }
+}
+SCORES["hopper"] = SCORES["point2d"] | {
+    "sparse return, mean of the last five": lambda run: run["sparse_return"][-5:].mean()
+}
+T95 = {3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantile of Student's t, by the number of seeds
 STYLES = {  # the variants that a figure shows, and the name that its legend and the table give them
     "td3": ("TD3", "0.5"),
     "td3-il": ("TD3+IL", "tab:orange"),
@@ -47,15 +58,23 @@ def load(study: str) -> dict[str, list[np.ndarray]]:
     }
 
 
-def table(results) -> str:
-    """The best and the last evaluation of each variant: mean over the seeds, and each seed."""
-    lines = ["| | best evaluation | each seed | last evaluation | each seed |", "|---|---|---|---|---|"]
+def interval(scores) -> str:
+    """The mean over the seeds; of three or more with the half width of its 95 % interval, Student's t."""
+    if len(scores) < 3:  # the interval of two is thirteen times as wide as their distance
+        return f"{np.mean(scores):.1f}"
+    return f"{np.mean(scores):.1f} ± {T95[len(scores)] * np.std(scores, ddof=1) / len(scores) ** 0.5:.1f}"
+
+
+def table(study: str, results) -> str:
+    """Each variant's scores: mean over the seeds with its interval, and each seed."""
+    scores = SCORES[study]
+    lines = ["| | " + " | each seed | ".join(scores) + " | each seed |", "|---" * (1 + 2 * len(scores)) + "|"]
     for variant, runs in results.items():
         cells = [STYLES[variant][0]]
-        for pick in (np.max, lambda returns: returns[-1]):
-            scores = [pick(run["return_mean"]) for run in runs]
-            cells += [f"{np.mean(scores):.1f}", ", ".join(f"{score:.1f}" for score in scores)]
-        lines.append("| " + " | ".join(cells) + " |")
+        for score in scores.values():
+            each = [score(run) for run in runs]
+            cells += [interval(each), ", ".join(f"{one:.1f}" for one in each)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -87,7 +106,7 @@ class Args:
 
 def main(args: Args):
     results = load(args.study)
-    print(table(results))
+    print(table(args.study, results))
     print(figure(args.study, results))
 
 

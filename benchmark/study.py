@@ -18,7 +18,7 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from demos.collect import load_policy
+from demos.collect import load_policy, rollout
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,15 +62,19 @@ def command(study: str, variant: str, seed: int) -> list[str]:
     return f"{variants[variant][0]} {shared} --seed {seed} --keep-policies --no-cuda".split()
 
 
-def imitation_distance(policy: Path, demonstrations) -> float:
-    """Mean squared distance between a saved policy's actions and the demonstrated ones."""
-    actor, module, _ = load_policy(policy)
+def look_back(policy: Path, demonstrations) -> tuple[float, float]:
+    """A saved policy's mean sparse return, and its mean squared distance to the demonstrated actions.
+
+    The ten episodes begin like those of its evaluation in training.
+    """
+    actor, module, about = load_policy(policy)
+    _, returns = rollout(actor, module, about["env_id"], 1, False, seed=about["seed"] + 100, episodes=10)
     actions = module.act(actor, demonstrations["observations"])
-    return float(np.square(actions - demonstrations["actions"]).mean())
+    return returns[:, 1].mean(), np.square(actions - demonstrations["actions"]).mean()
 
 
 def write_result(run_dir: Path, algorithm: str, target: Path):
-    """A run's evaluations, with the critic's mean value and the actor's distance to the demonstrations."""
+    """A run's evaluations, with the critic's mean value and what `look_back` tells of each policy."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     q = {event.step: event.value for event in events.Scalars("losses/qf1_values")}
     rows = list(csv.DictReader((run_dir / "evaluations.csv").read_text().splitlines()))
@@ -80,11 +84,12 @@ def write_result(run_dir: Path, algorithm: str, target: Path):
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".tmp"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["global_step", "return_mean", "return_std", "q_mean", "imitation_distance"])
+        head = "global_step,return_mean,return_std,q_mean,sparse_return,imitation_distance"
+        writer.writerow(head.split(","))
         for row in rows:
             step = int(row["global_step"])
-            distance = imitation_distance(run_dir / "policies" / f"{step}.pt", demonstrations)
-            numbers = float(row["return_mean"]), float(row["return_std"]), q.get(step, float("nan")), distance
+            numbers = float(row["return_mean"]), float(row["return_std"]), q.get(step, float("nan"))
+            numbers += look_back(run_dir / "policies" / f"{step}.pt", demonstrations)
             writer.writerow([step, *(f"{number:.6g}" for number in numbers)])
     target.with_suffix(".tmp").replace(target)
 
