@@ -1,0 +1,175 @@
+"""How fast the scripts are, what their time goes to, and how others compare.
+
+    python -m benchmark.speed
+
+The learners' table: milliseconds of an iteration (TD3's actor steps in every second one), eager and compiled,
+and the rate of its matrix products as a share of what products of 256 x 256 matrices reach alone. The runs'
+table: environment steps a second from the first update on, everything included, on sparse Hopper-v4; of
+Stable-Baselines3 and SBX too, where they are installed, with the same hyperparameters. All take turns in one
+run; the numbers are medians over the rounds.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
+
+import gild_td3
+from benchmark.cost import Learner
+
+ROOT = Path(__file__).parents[1]
+ALGORITHMS = ("ddpg", "td3", "sac")
+START, SKIPPED = 1_000, 500  # random steps, and iterations that are not timed: compilation is in them
+
+# another library's run: prints its steps a second
+OTHER = """
+import sys, time
+import torch
+from {library} import {algorithm}
+from stable_baselines3.common.callbacks import BaseCallback
+torch.set_num_threads({threads})
+class Clock(BaseCallback):
+    times = []
+    def _on_step(self):
+        self.times.append(time.perf_counter())
+        return True
+model = {algorithm}("MlpPolicy", "Hopper-v4", learning_starts={start}, batch_size=256, learning_rate=3e-4,
+    train_freq=1, gradient_steps=1, tau=0.005, gamma=0.99, policy_kwargs=dict(net_arch=[256, 256]){more})
+model.learn({steps}, callback=Clock())
+times = Clock.times[{start} + {skipped}:]
+print((len(times) - 1) / (times[-1] - times[0]))
+"""
+
+
+@dataclass
+class Args:
+    rounds: int = 5  # how often everything takes its turn
+    iterations: int = 50  # of a learner in a turn
+    steps: int = 2_000  # environment steps of a run that are timed
+    threads: int = 1  # CPU threads of a run
+    runs: bool = True  # time whole runs too
+
+
+def milliseconds(function, iterations: int) -> float:
+    start = time.perf_counter()
+    for _ in range(iterations):
+        function()
+    return (time.perf_counter() - start) / iterations * 1e3
+
+
+def learners_table(args: Args) -> str:
+    """A row for each algorithm, eager and compiled."""
+    gild_td3.can_compile()
+    learners = {(a, c): Learner(a, torch.compile if c else lambda f: f) for a in ALGORITHMS for c in (0, 1)}
+    flops, parts = {}, {}
+    for (algorithm, compiled), learner in learners.items():
+        if not compiled:
+            for with_gild in (False, True):
+                with FlopCounterMode(display=False) as counter:
+                    learner.iterate(0, with_gild)
+                flops[algorithm, with_gild] = counter.get_total_flops()
+            with FlopCounterMode(display=False) as counter:
+                learner.step_critic()
+            flops[algorithm, "critic"] = counter.get_total_flops()
+        data = learner.step_critic()
+        parts[algorithm, compiled, "critic"] = learner.step_critic
+        for with_gild in (False, True):
+            parts[algorithm, compiled, with_gild] = partial(learner.step_actor, *data, with_gild)
+    matrices = torch.randn(2, 256, 256)
+    parts["sgemm"] = lambda: [torch.mm(*matrices) for _ in range(100)]
+    times = {key: [] for key in parts}
+    for turn in range(args.rounds + 1):
+        for key, part in parts.items():
+            taken = milliseconds(part, args.iterations)
+            if turn:  # the first warms up, and compiles
+                times[key].append(taken)
+    median = {key: statistics.median(taken) for key, taken in times.items()}
+    rate = 100 * 2 * 256**3 / median["sgemm"]  # flop a millisecond
+    head = "learner | critic, ms | actor, ms | GILD adds, ms | iteration, ms | share of sgemm | with GILD"
+    lines = [f"| {head} |", "|---|---|---|---|---|---|---|"]
+    for algorithm, compiled in learners:
+        every = getattr(learners[algorithm, compiled].args, "policy_frequency", 1)
+        critic, actor, gild = (median[algorithm, compiled, part] for part in ("critic", False, True))
+        vanilla, with_gild = critic + actor / every, critic + gild / every
+        cells = [f"{algorithm.upper()}, {'compiled' if compiled else 'eager'}"]
+        cells += [f"{ms:.2f}" for ms in (critic, actor / every, (gild - actor) / every, vanilla)]
+        shares = []
+        for kind, ms in ((False, vanilla), (True, with_gild)):
+            work = flops[algorithm, "critic"] * (1 - 1 / every) + flops[algorithm, kind] / every
+            shares.append(f"{work / ms / rate:.0%}")
+        cells += [shares[0], f"{with_gild / vanilla:.2f} times as long, {shares[1]}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, f"\nsgemm: {rate / 1e6:.0f} GFLOP/s"])
+
+
+def our_speed(args: Args, algorithm: str, share: float, compiled: bool) -> float:
+    """Steps a second of a gild script, with GILD in `share` of the timed iterations."""
+    total = START + SKIPPED + args.steps
+    gild_iterations = SKIPPED + round(share * args.steps) if share else 0
+    flags = f"""--env-id Hopper-v4 --no-cuda --torch-threads {args.threads} --learning-starts {START}
+    --total-timesteps {total} --ws-frac {gild_iterations / total} --eval-frequency {total} --eval-episodes 1
+    --no-save-model --{"" if compiled else "no-"}compile"""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / f"gild_{algorithm}.py", *flags.split()]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        (run_dir,) = Path(folder, "runs").iterdir()
+        events = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")  # one in a hundred iterations
+    first, *_, last = (event for event in events if event.step >= START + SKIPPED)
+    return (last.step - first.step) / (last.wall_time - first.wall_time)
+
+
+def other_speed(args: Args, algorithm: str, library: str) -> float:
+    more = ", ent_coef=0.2" if algorithm == "sac" else ""
+    numbers = {"start": START, "skipped": SKIPPED, "steps": START + SKIPPED + args.steps}
+    program = OTHER.format(
+        library=library, algorithm=algorithm.upper(), threads=args.threads, more=more, **numbers
+    )
+    one = {"OMP_NUM_THREADS": str(args.threads), "JAX_PLATFORMS": "cpu"}
+    if args.threads == 1:
+        one["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run = subprocess.run(command, env=os.environ | one, check=True, capture_output=True, text=True)
+    return float(run.stdout.split()[-1])
+
+
+def runs_table(args: Args) -> str:
+    """A row for each algorithm; steps a second."""
+    columns = {}
+    for compiled in (False, True):
+        for share in (0, 0.01, 1):
+            name = f"ws-frac {share:g}, {'compiled' if compiled else 'eager'}"
+            columns[name] = partial(our_speed, args, share=share, compiled=compiled)
+    for library in ("stable_baselines3", "sbx"):
+        if find_spec(library):
+            columns[library] = partial(other_speed, args, library=library)
+    speeds = {(algorithm, name): [] for algorithm in ALGORITHMS for name in columns}
+    for _ in range(args.rounds):
+        for (algorithm, name), taken in speeds.items():
+            taken.append(columns[name](algorithm=algorithm))
+    lines = [f"| steps/s | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for algorithm in ALGORITHMS:
+        cells = [f"{statistics.median(speeds[algorithm, name]):.0f}" for name in columns]
+        lines.append(f"| {algorithm.upper()} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(args: Args):
+    torch.set_num_threads(args.threads)
+    print(learners_table(args), flush=True)
+    if args.runs:
+        print("\n" + runs_table(args))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
