@@ -40,6 +40,7 @@ STYLES = {  # the variants that a figure shows, and the name that its legend and
     "td3-gild-B": ("TD3+GILD to the end, (B)", "tab:blue"),
     "td3-gild-10k-A": ("TD3+GILD for 10,000 iterations, (A)", "tab:olive"),
     "td3-gild-10k-B": ("TD3+GILD for 10,000 iterations, (B)", "tab:cyan"),
+    "td3-gild-frozen": ("TD3+GILD to the end, ω frozen", "tab:pink"),
     "td3-gild-released": ("TD3+GILD, released settings", "tab:red"),
     "ddpg-gild-B": ("DDPG+GILD to the end, (B)", "tab:purple"),
     "sac-gild-B": ("SAC+GILD to the end, (B)", "tab:brown"),
@@ -81,7 +82,8 @@ def table(study: str, results) -> str:
 def figure(study: str, results) -> Path:
     """A panel a quantity: the mean over the seeds as a line, each seed as a thin one."""
     panels = PANELS[study]
-    fig, axes = plt.subplots(len(panels), 1, figsize=(7, 3.2 * len(panels)), sharex=True, squeeze=False)
+    size = {"figsize": (7, 1 + 2.8 * len(panels)), "layout": "constrained"}
+    fig, axes = plt.subplots(len(panels), 1, sharex=True, squeeze=False, **size)
     for axis, quantity in zip(axes[:, 0], panels, strict=True):
         for variant, runs in results.items():
             name, color = STYLES[variant]
@@ -91,10 +93,9 @@ def figure(study: str, results) -> Path:
         axis.set_ylabel(LABELS[quantity])
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("environment steps")
-    axes[0, 0].legend(fontsize=7)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     FIGURES.mkdir(exist_ok=True)
     path = FIGURES / f"{study}.png"
-    fig.tight_layout()
     fig.savefig(path, dpi=110, metadata={"Software": None})
     return path
 
