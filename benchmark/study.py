@@ -52,7 +52,7 @@ STUDIES = {
             "td3-gild-10k-B": (f"gild_td3.py --ws-frac 0.1 {OPTIMIZER_B}", 2),
             "td3-gild-A": (f"gild_td3.py --ws-frac 1 {OPTIMIZER_A}", 2),
             "td3-gild-B": (f"gild_td3.py --ws-frac 1 {OPTIMIZER_B}", 2),
-            "td3-gild-frozen": ("gild_td3.py --ws-frac 1 --gild-lr 0", 1),
+            "td3-gild-frozen": ("gild_td3.py --ws-frac 1 --gild-lr 0", 2),
         },
     ),
 }

@@ -92,8 +92,8 @@ def training(args: Args):
 
 def evaluations(run_dir: Path) -> dict[int, float]:
     """The mean return of each evaluation, by training step."""
-    rows = np.genfromtxt(run_dir / "evaluations.csv", delimiter=",", skip_header=1).reshape(-1, 3)
-    return {int(step): mean for step, mean, _ in rows if (run_dir / f"policies/{int(step)}.pt").exists()}
+    rows = [row.split(",") for row in (run_dir / "evaluations.csv").read_text().splitlines()[1:]]
+    return {int(step): float(mean) for step, mean, _ in rows if (run_dir / f"policies/{step}.pt").exists()}
 
 
 def behavior(run_dir: Path, low: float, high: float, explore: bool, known: dict[int, float]) -> int | None:
