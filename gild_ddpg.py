@@ -369,7 +369,9 @@ def fit_imitation(gild, demonstrations, action_space, iterations=2_000, batch_si
 
     Half of the actions are drawn from the whole box and half close to a_d, where imitation needs the slope.
     A random f would stay a stranger to imitation: while the critic is silent, the meta-gradient is, too.
+    f starts blind to s_d, on which this error does not depend: large observations would blur its slope.
     """
+    gild.net[0].weight.data[:, : demonstrations.obs.shape[1]] = 0
     bounds = action_space.low, action_space.high
     low, high = (torch.as_tensor(bound).to(demonstrations.obs) for bound in bounds)
     optimizer = torch.optim.Adam(gild.parameters(), lr=1e-3, fused=True)
@@ -380,7 +382,7 @@ def fit_imitation(gild, demonstrations, action_space, iterations=2_000, batch_si
         close = demo_action + 0.1 * (high - low) * torch.randn_like(demo_action)
         action = torch.where(torch.rand_like(demo_action[:, :1]) < 0.5, anywhere, close.clamp(low, high))
         error = (action - demo_action).pow(2).mean(1, keepdim=True)
-        loss = F.mse_loss(gild(demo_obs, demo_action, action), error)
+        loss = F.mse_loss(gild(0 * demo_obs, demo_action, action), error)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -98,13 +98,14 @@ def test_the_released_settings_collapse_and_the_defaults_do_not(settings):
         assert min(slope) > 1e-2
 
 
-def test_the_fitted_objective_is_the_imitation_error(gild_script, algorithm):
-    args = gild_script.Args(env_id="Point2D-v0")
+@pytest.mark.parametrize(("task", "env_id"), [("Point2D", "Point2D-v0"), ("HalfCheetah", "HalfCheetah-v4")])
+def test_the_fitted_objective_is_the_imitation_error(gild_script, algorithm, task, env_id):
+    args = gild_script.Args(env_id=env_id)
     env = gild_script.make_env(args, training=True)
-    path = ROOT / "demos" / f"Point2D-{algorithm}.npz"
+    path = ROOT / "demos" / f"{task}-{algorithm}.npz"
     demonstrations = gild_script.DemonstrationBuffer(path, args.env_id, env, torch.device("cpu"))
     torch.manual_seed(0)
-    gild = gild_script.GILD(2, 2)
+    gild = gild_script.GILD(demonstrations.obs.shape[1], demonstrations.actions.shape[1])
     assert gild_script.fit_imitation(gild, demonstrations, env.action_space, iterations=1_000) < 5e-3
     demo_obs, demo_action = demonstrations.sample(1_000)
     action = (torch.rand_like(demo_action) * 2 - 1).requires_grad_()
