@@ -2,7 +2,7 @@
 
     python -m benchmark.report point2d
 
-Prints the table and writes benchmark/figures/STUDY.png.
+Prints the table and writes benchmark/figures/STUDY.png (demonstrations: prints the table only).
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,13 @@ SCORES = {
 }
 SCORES["hopper"] = SCORES["point2d"] | {
     "sparse return, mean of the last five": lambda run: run["sparse_return"][-5:].mean()
+}
+SCORES["demonstrations"] = {  # evaluated every 5,000 steps; the warm start lasts from 10,000 to 20,000
+    "distance at first": lambda run: run["imitation_distance"][1],
+    "after the warm start": lambda run: run["imitation_distance"][3],
+    "share of the first": lambda run: run["imitation_distance"][3] / run["imitation_distance"][1],
+    "rewarded episodes": lambda run: run["rewarded_episodes"][-1],
+    "return at the end": lambda run: run["return_mean"][-1],
 }
 T95 = {3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantile of Student's t, by the number of seeds
 STYLES = {  # the variants that a figure shows, and the name that its legend and the table give them
@@ -67,8 +74,14 @@ def interval(scores) -> str:
 
 
 def table(study: str, results) -> str:
-    """Each variant's scores: mean over the seeds with its interval, and each seed."""
+    """Each variant's scores: mean over the seeds with its interval, and each seed; or the only seed's."""
     scores = SCORES[study]
+    if study == "demonstrations":
+        lines = [f"| | {' | '.join(scores)} |", "|---" * (1 + len(scores)) + "|"]
+        for variant, (run,) in results.items():
+            cells = [variant, *(f"{score(run):.3g}" for score in scores.values())]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
     lines = ["| | " + " | each seed | ".join(scores) + " | each seed |", "|---" * (1 + 2 * len(scores)) + "|"]
     for variant, runs in results.items():
         cells = [STYLES[variant][0]]
@@ -102,13 +115,14 @@ def figure(study: str, results) -> Path:
 
 @dataclass
 class Args:
-    study: tyro.conf.Positional[str]  # point2d or hopper
+    study: tyro.conf.Positional[str]  # point2d, hopper or demonstrations
 
 
 def main(args: Args):
     results = load(args.study)
     print(table(args.study, results))
-    print(figure(args.study, results))
+    if args.study in PANELS:
+        print(figure(args.study, results))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from demos.collect import load_policy, rollout
+from demos.make import EXPERTS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,6 +28,8 @@ OPTIMIZER_B = "--gild-lr 1e-4 --gild-eps 1e-3"
 RELEASED = "--gild-init random --gild-lr 1e-4 --gild-eps 1e-8 --gild-weight-decay 1e-4"
 POINT2D = "--env-id Point2D-v0 --total-timesteps 60000 --eval-frequency 1000"
 HOPPER = "--env-id Hopper-v4 --total-timesteps 100000"
+WARM_START = "--total-timesteps 30000 --ws-frac 0.33333"  # 10,000 iterations, as 1 % of a million steps
+TASKS = {task: f"{task}-v{0 if task == 'Point2D' else 4}" for task in EXPERTS}
 
 # study: (shared flags, {variant: (command, seeds)})
 STUDIES = {
@@ -55,6 +58,14 @@ STUDIES = {
             "td3-gild-frozen": ("gild_td3.py --ws-frac 1 --gild-lr 0", 2),
         },
     ),
+    "demonstrations": (
+        WARM_START,
+        {
+            f"{algo}-{task}": (f"gild_{algo}.py --env-id {env_id}", 1)
+            for task, env_id in TASKS.items()
+            for algo in ("ddpg", "td3", "sac")
+        },
+    ),
 }
 
 
@@ -75,9 +86,10 @@ def look_back(policy: Path, demonstrations) -> tuple[float, float]:
 
 
 def write_result(run_dir: Path, algorithm: str, target: Path):
-    """A run's evaluations, with the critic's mean value and what `look_back` tells of each policy."""
+    """A run's evaluations, each with what the logs and `look_back` tell of the run and its policy by then."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     q = {event.step: event.value for event in events.Scalars("losses/qf1_values")}
+    rewarded = [event.step for event in events.Scalars("charts/episodic_return") if event.value]
     rows = list(csv.DictReader((run_dir / "evaluations.csv").read_text().splitlines()))
     task = run_dir.name.split("-v")[0]
     with np.load(Path(__file__).parents[1] / "demos" / f"{task}-{algorithm}.npz", allow_pickle=False) as file:
@@ -85,12 +97,13 @@ def write_result(run_dir: Path, algorithm: str, target: Path):
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".tmp"), "w", newline="") as file:
         writer = csv.writer(file)
-        head = "global_step,return_mean,return_std,q_mean,sparse_return,imitation_distance"
+        head = "global_step,return_mean,return_std,q_mean,sparse_return,imitation_distance,rewarded_episodes"
         writer.writerow(head.split(","))
         for row in rows:
             step = int(row["global_step"])
             numbers = float(row["return_mean"]), float(row["return_std"]), q.get(step, float("nan"))
             numbers += look_back(run_dir / "policies" / f"{step}.pt", demonstrations)
+            numbers += (sum(end <= step for end in rewarded),)
             writer.writerow([step, *(f"{number:.6g}" for number in numbers)])
     target.with_suffix(".tmp").replace(target)
 
@@ -110,7 +123,7 @@ def run(study: str, variant: str, seed: int):
 
 @dataclass
 class Args:
-    study: tyro.conf.Positional[str]  # point2d or hopper
+    study: tyro.conf.Positional[str]  # point2d, hopper or demonstrations
     variants: tuple[str, ...] = ()  # only these [default: all]
     jobs: int = 1  # runs at a time, each of one thread
 
