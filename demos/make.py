@@ -49,6 +49,7 @@ class Args:
     expert: bool = False  # train to the end first, and go by the run's own best evaluation
     seed: int = 1  # of the training
     total_timesteps: int = 1_000_000  # of the training, at most
+    compile: bool = False  # the training's: a fifth faster, with other rounding
     out: Path = FOLDER  # the folder for <task>-<algo>.npz and policies/<task>-<algo>.pt
 
 
@@ -74,6 +75,7 @@ def training(args: Args):
     else:
         command += ["--dense", "--keep-policies", "--no-cuda", "--env-id", args.env_id]
         command += ["--exp-name", name, "--seed", f"{args.seed}"]
+        command += ["--compile"] * args.compile
         if args.env_id.startswith("Point2D"):  # is learned in 3,000 steps
             command += ["--learning-starts", "1000", "--eval-frequency", "250"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
