@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the gradients: a minute at the start, faster steps, other rounding
+    cudagraphs: bool = False  # on a GPU, replay iterations as CUDA graphs: the same results, sooner
     track: bool = False  # log to Weights & Biases too (needs the wandb package)
     wandb_project_name: str = "gild"  # the project there
     wandb_entity: str | None = None  # the entity (team) there
@@ -249,6 +251,34 @@ def can_compile() -> bool:
     return True
 
 
+def cuda_graphs(learn, warm_up=3):
+    """`learn`, its kernels captured once for each kind of call, after `warm_up` plain ones, and replayed."""
+    calls, graphs, side = Counter(), {}, torch.cuda.Stream()
+
+    def replay(*batches, **flags):
+        kind = (len(batches), *flags.values())
+        calls[kind] += 1
+        if calls[kind] <= warm_up:  # real iterations, off the default stream as capturing wants it
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                log = learn(*batches, **flags)
+            torch.cuda.current_stream().wait_stream(side)
+            return log
+        if kind not in graphs:
+            inputs = [[tensor.clone() for tensor in batch] for batch in batches]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, and runs nothing
+                log = learn(*inputs, **flags)
+            graphs[kind] = graph, inputs, log
+        graph, inputs, log = graphs[kind]
+        for old, new in zip(inputs, batches, strict=True):
+            torch._foreach_copy_(old, list(new))
+        graph.replay()
+        return log
+
+    return replay
+
+
 # EVALUATION
 
 
@@ -382,6 +412,9 @@ def stop_after_episode(number, frame):
 def train(args: Args, last_step: int | None = None) -> Path:
     """One run, or with args.resume the rest of it. Returns its folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    cudagraphs = args.cudagraphs and device.type == "cuda"
+    if args.cudagraphs > cudagraphs:
+        print("--cudagraphs: going on without it: no GPU is used", file=sys.stderr)
     torch.set_num_threads(args.torch_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
     torch.use_deterministic_algorithms(args.torch_deterministic)
@@ -398,13 +431,34 @@ def train(args: Args, last_step: int | None = None) -> Path:
     actor = Actor(obs_dim, env.action_space).to(device)
     critic = Critic(obs_dim, action_dim).to(device)
     target_actor, target_critic = deepcopy(actor), deepcopy(critic)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
+    adam = {"lr": args.learning_rate, "capturable": cudagraphs}
+    actor_optimizer = torch.optim.Adam(actor.parameters(), **adam, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), **adam, fused=True)
     learners = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
     learners |= {"critic": critic, "target_critic": target_critic, "critic_optimizer": critic_optimizer}
 
     compiled = torch.compile if args.compile and can_compile() else lambda function: function
     update_critic, update_actor = compiled(critic_gradients), compiled(actor_gradients)
+
+    def learn(batch, with_actor=True):
+        """One iteration. Returns what to log."""
+        critic_grad, qf_loss, q1, q2 = update_critic(
+            critic, target_critic, target_actor, batch, args.gamma, args.policy_noise, args.noise_clip
+        )
+        step(critic_optimizer, critic, critic_grad)
+        log = {"losses/qf_loss": qf_loss / 2, "losses/qf1_values": q1, "losses/qf2_values": q2}
+
+        if with_actor:
+            phi_grad, actor_log = update_actor(actor, critic, batch[0])
+            step(actor_optimizer, actor, phi_grad)
+            with torch.no_grad():
+                for target, online in ((target_critic, critic), (target_actor, actor)):
+                    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.tau)
+            log |= actor_log
+        return log
+
+    if cudagraphs:
+        learn = cuda_graphs(learn)
 
     run_dir = args.resume or make_run_dir(args)
     print(f"{run_dir} on {device}{', the only device' if args.cuda and device.type == 'cpu' else ''}")
@@ -412,7 +466,7 @@ def train(args: Args, last_step: int | None = None) -> Path:
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"))
     obs, _ = env.reset(seed=args.seed)
-    first_step, ended, log = 1, False, {}
+    first_step, ended = 1, False
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     if args.resume:
         first_step, ended = load_checkpoint(run_dir, learners, generators, buffer) + 1, True
@@ -448,21 +502,10 @@ def train(args: Args, last_step: int | None = None) -> Path:
         # ALGO LOGIC: learn
         iteration = global_step - args.learning_starts
         if iteration > 0:
-            batch = buffer.sample(args.batch_size)
-            critic_grad, qf_loss, q1, q2 = update_critic(
-                critic, target_critic, target_actor, batch, args.gamma, args.policy_noise, args.noise_clip
-            )
-            step(critic_optimizer, critic, critic_grad)
-
-            if iteration % args.policy_frequency == 0:
-                phi_grad, log = update_actor(actor, critic, batch[0])
-                step(actor_optimizer, actor, phi_grad)
-                with torch.no_grad():
-                    for target, online in ((target_critic, critic), (target_actor, actor)):
-                        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.tau)
-
+            batches = [buffer.sample(args.batch_size)]
+            with_actor = iteration % args.policy_frequency == 0
+            log = learn(*batches, with_actor=with_actor)
             if iteration % 100 == 0:
-                log |= {"losses/qf_loss": qf_loss / 2, "losses/qf1_values": q1, "losses/qf2_values": q2}
                 for name, value in log.items():
                     writer.add_scalar(name, value.mean().item(), global_step)
                     if not value.isfinite().all():
