@@ -5,8 +5,9 @@
 The learners' table: milliseconds of an iteration (TD3's actor steps in every second one), eager and compiled,
 and the rate of its matrix products as a share of what products of 256 x 256 matrices reach alone. The runs'
 table: environment steps a second from the first update on, everything included, on sparse Hopper-v4; of
-Stable-Baselines3 and SBX too, where they are installed, with the same hyperparameters. All take turns in one
-run; the numbers are medians over the rounds.
+Stable-Baselines3 and SBX too, where they are installed (benchmark/requirements.txt), with the same
+hyperparameters. The cores' table: one run or as many as there are cores, with one thread each or with as many
+threads. All take turns in one run; the numbers are medians over the rounds.
 """
 
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -30,7 +32,7 @@ from benchmark.cost import Learner
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("ddpg", "td3", "sac")
-START, SKIPPED = 1_000, 500  # random steps, and iterations that are not timed: compilation is in them
+START, SKIPPED = 1_000, 200  # random steps, and iterations that are not timed: compilation is in them
 
 # another library's run: prints its steps a second
 OTHER = """
@@ -58,7 +60,9 @@ class Args:
     iterations: int = 50  # of a learner in a turn
     steps: int = 2_000  # environment steps of a run that are timed
     threads: int = 1  # CPU threads of a run
-    runs: bool = True  # time whole runs too
+    learners: bool = True  # the learners' table
+    runs: bool = True  # the runs' table
+    cores: bool = True  # the cores' table
 
 
 def milliseconds(function, iterations: int) -> float:
@@ -113,11 +117,11 @@ def learners_table(args: Args) -> str:
     return "\n".join([*lines, f"\nsgemm: {rate / 1e6:.0f} GFLOP/s"])
 
 
-def our_speed(args: Args, algorithm: str, share: float, compiled: bool) -> float:
+def our_speed(args: Args, algorithm: str, share: float, compiled: bool, threads: int = 0) -> float:
     """Steps a second of a gild script, with GILD in `share` of the timed iterations."""
     total = START + SKIPPED + args.steps
     gild_iterations = SKIPPED + round(share * args.steps) if share else 0
-    flags = f"""--env-id Hopper-v4 --no-cuda --torch-threads {args.threads} --learning-starts {START}
+    flags = f"""--env-id Hopper-v4 --no-cuda --torch-threads {threads or args.threads} --learning-starts {START}
     --total-timesteps {total} --ws-frac {gild_iterations / total} --eval-frequency {total} --eval-episodes 1
     --no-save-model --{"" if compiled else "no-"}compile"""
     with tempfile.TemporaryDirectory() as folder:
@@ -164,11 +168,30 @@ def runs_table(args: Args) -> str:
     return "\n".join(lines)
 
 
+def cores_table(args: Args) -> str:
+    """Steps a second of all runs together, without GILD."""
+    cores = os.cpu_count()
+    columns = [(runs, threads) for runs in (1, cores) for threads in (1, cores)]
+    speeds = {(algorithm, column): [] for algorithm in ALGORITHMS for column in columns}
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(args.rounds):
+            for (algorithm, (runs, threads)), taken in speeds.items():
+                one = partial(our_speed, args, share=0, compiled=False, threads=threads)
+                taken.append(sum(pool.map(one, [algorithm] * runs)))
+    names = [f"{runs} at once, threads each: {threads}" for runs, threads in columns]
+    lines = [f"| steps/s in all | {' | '.join(names)} |", "|---" * (1 + len(columns)) + "|"]
+    for algorithm in ALGORITHMS:
+        cells = [f"{statistics.median(speeds[algorithm, column]):.0f}" for column in columns]
+        lines.append(f"| {algorithm.upper()} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(args: Args):
     torch.set_num_threads(args.threads)
-    print(learners_table(args), flush=True)
-    if args.runs:
-        print("\n" + runs_table(args))
+    tables = {learners_table: args.learners, runs_table: args.runs, cores_table: args.cores}
+    for table, wanted in tables.items():
+        if wanted:
+            print(table(args) + "\n", flush=True)
 
 
 if __name__ == "__main__":
