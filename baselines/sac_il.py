@@ -206,7 +206,7 @@ class Actor(nn.Module):
     """phi: a Gaussian policy, squashed by tanh into the action box.
 
     Maps obs (..., |S|) and standard normal noise (..., |A|) to the action that they make and its log-density
-    (..., 1). Noise of 0 gives the deterministic policy.
+    (..., 1).
     """
 
     def __init__(self, obs_dim: int, action_space: gym.spaces.Box):
@@ -365,8 +365,9 @@ def act(actor, obs, explore=False):
     """The deterministic policy, or a sample of it, NumPy to NumPy: (..., |S|) -> (..., |A|)."""
     with torch.no_grad():
         obs = torch.as_tensor(obs, dtype=torch.float32, device=actor.action_scale.device)
-        noise = obs.new_zeros(*obs.shape[:-1], len(actor.action_scale))
-        return actor(obs, noise.normal_() if explore else noise)[0].numpy(force=True)
+        mean, log_std = actor.gaussian(obs)
+        noise = torch.randn_like(mean) if explore else 0
+        return actor.squash(mean + log_std.exp() * noise).numpy(force=True)
 
 
 def evaluate(actor, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
