@@ -156,25 +156,25 @@ def other_speed(args: Args, algorithm: str, library: str) -> float:
 
 def runs_table(args: Args) -> str:
     """A row for each algorithm; steps a second."""
-    columns = {}
-    for kind, compiled in (("eager", False), ("compiled", True)):
+    columns, kinds = {}, {"eager": False, "compiled": True}
+    for kind, compiled in kinds.items():
         for ws_frac in (0, 1):
             ours = partial(our_speed, ws_frac=ws_frac, compiled=compiled, threads=args.threads)
             columns[f"ws-frac {ws_frac}, {kind}"] = ours
-    for library in ("stable_baselines3", "sbx"):
-        if find_spec(library):
-            columns[library] = partial(other_speed, library=library)
+    libraries = [library for library in ("stable_baselines3", "sbx") if find_spec(library)]
+    for library in libraries:
+        columns[library] = partial(other_speed, library=library)
     speeds = {(algorithm, name): [] for algorithm in ALGORITHMS for name in columns}
     for _ in range(args.rounds):
         for (algorithm, name), taken in speeds.items():
             taken.append(columns[name](args, algorithm))
     median = {key: statistics.median(taken) for key, taken in speeds.items()}
     # one per cent of GILD is reckoned: in so short a run the compilation at the objective's drop would show
-    for kind in ("eager", "compiled"):
+    for kind in kinds:
         for algorithm in ALGORITHMS:
             vanilla, gild = (median[algorithm, f"ws-frac {ws_frac}, {kind}"] for ws_frac in (0, 1))
             median[algorithm, f"ws-frac 0.01, {kind}"] = 1 / (0.99 / vanilla + 0.01 / gild)
-    names = sorted({name for _, name in median})
+    names = [f"ws-frac {ws_frac}, {kind}" for kind in kinds for ws_frac in (0, 0.01, 1)] + libraries
     lines = [f"| steps/s | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for algorithm in ALGORITHMS:
         cells = [f"{median[algorithm, name]:.0f}" for name in names]
