@@ -31,5 +31,5 @@ def test_the_flags_that_the_readme_names():
     scripts = [import_module(f"gild_{algorithm}") for algorithm in ALGORITHMS]
     flags = {f"--{name.replace('_', '-')}" for script in scripts for name in vars(script.Args())}
     flags |= {"--help", "--policy", "--out", "--logdir", "--kills", "--render", "--video"}
-    flags |= {"--algo", "--to-minari", "--no-runs", "--no-cores", "--rounds"}
+    flags |= {"--algo", "--to-minari", "--rounds", "--steps", "--no-learners", "--no-runs"}
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README)) <= flags
