@@ -165,6 +165,20 @@ def test_making_demonstrations_stops_and_goes_on(tmp_path):
     assert "| Point2D-td3 |" in table(tmp_path)
 
 
+def test_the_expert_is_trained_to_the_end(tmp_path):
+    """With --expert the band is a share of the run's own best, though an earlier policy might do."""
+    flags = f"--env-id Point2D-v0 --algo ddpg --expert --total-timesteps 2500 --out {tmp_path}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "demos.make", *flags.split()], env=environment, check=True)
+    (run_dir,) = Path("runs").iterdir()
+    means = evaluations(run_dir)
+    _, _, about = load_policy(tmp_path / "policies" / "Point2D-ddpg.pt")
+    low, high = (share * max(means.values()) for share in BANDS["Point2D"])
+    assert low <= means[about["global_step"]] <= high
+    assert about["global_step"] < max(means, key=means.get) == 2_500
+    load(import_module("gild_ddpg"), tmp_path / "Point2D-ddpg.npz")
+
+
 def test_collecting_from_a_run(algorithm, tmp_path):
     script = import_module(f"baselines.{algorithm}")
     args = script.Args(env_id="Point2D-v0", total_timesteps=20, eval_episodes=1, buffer_size=50, cuda=False)
