@@ -35,6 +35,7 @@ SCORES["demonstrations"] = {  # evaluated every 5,000 steps; the warm start last
     "distance at first": lambda run: run["imitation_distance"][1],
     "after the warm start": lambda run: run["imitation_distance"][3],
     "share of the first": lambda run: run["imitation_distance"][3] / run["imitation_distance"][1],
+    "lowest in between": lambda run: run["lowest_of_batches"][3] / run["imitation_distance"][1],
     "rewarded episodes": lambda run: run["rewarded_episodes"][-1],
     "return at the end": lambda run: run["return_mean"][-1],
 }

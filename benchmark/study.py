@@ -90,6 +90,8 @@ def write_result(run_dir: Path, algorithm: str, target: Path):
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     q = {event.step: event.value for event in events.Scalars("losses/qf1_values")}
     rewarded = [event.step for event in events.Scalars("charts/episodic_return") if event.value]
+    warm_start = "charts/imitation_distance" in events.Tags()["scalars"]
+    distances = events.Scalars("charts/imitation_distance") if warm_start else []
     rows = list(csv.DictReader((run_dir / "evaluations.csv").read_text().splitlines()))
     task = run_dir.name.split("-v")[0]
     with np.load(Path(__file__).parents[1] / "demos" / f"{task}-{algorithm}.npz", allow_pickle=False) as file:
@@ -97,13 +99,14 @@ def write_result(run_dir: Path, algorithm: str, target: Path):
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".tmp"), "w", newline="") as file:
         writer = csv.writer(file)
-        head = "global_step,return_mean,return_std,q_mean,sparse_return,imitation_distance,rewarded_episodes"
-        writer.writerow(head.split(","))
+        head = "global_step,return_mean,return_std,q_mean,sparse_return,imitation_distance"
+        writer.writerow(f"{head},lowest_of_batches,rewarded_episodes".split(","))
         for row in rows:
             step = int(row["global_step"])
             numbers = float(row["return_mean"]), float(row["return_std"]), q.get(step, float("nan"))
             numbers += look_back(run_dir / "policies" / f"{step}.pt", demonstrations)
-            numbers += (sum(end <= step for end in rewarded),)
+            past = [event.value for event in distances if event.step <= step]
+            numbers += min(past, default=float("nan")), sum(end <= step for end in rewarded)
             writer.writerow([step, *(f"{number:.6g}" for number in numbers)])
     target.with_suffix(".tmp").replace(target)
 
