@@ -80,7 +80,8 @@ def table(study: str, results) -> str:
     if study == "demonstrations":
         lines = [f"| | {' | '.join(scores)} |", "|---" * (1 + len(scores)) + "|"]
         for variant, (run,) in results.items():
-            cells = [variant, *(f"{score(run):.3g}" for score in scores.values())]
+            numbers = [score(run) for score in scores.values()]
+            cells = [variant, *(f"{n:.3g}" if abs(n) < 100 else f"{n:.0f}" for n in numbers)]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
     lines = ["| | " + " | each seed | ".join(scores) + " | each seed |", "|---" * (1 + 2 * len(scores)) + "|"]
