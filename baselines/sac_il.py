@@ -205,8 +205,7 @@ def xavier(network: nn.Sequential) -> nn.Sequential:
 class Actor(nn.Module):
     """phi: a Gaussian policy, squashed by tanh into the action box.
 
-    Maps obs (..., |S|) and standard normal noise (..., |A|) to the action that they make and its log-density
-    (..., 1).
+    Maps obs (..., |S|) and standard normal noise (..., |A|) to an action and its log-density (..., 1).
     """
 
     def __init__(self, obs_dim: int, action_space: gym.spaces.Box):

@@ -6,8 +6,8 @@ The learners' table: milliseconds of an iteration (TD3's actor steps in every se
 and the rate of its matrix products as a share of what products of 256 x 256 matrices reach alone. The runs'
 table: environment steps a second of a run that learns, everything included, on sparse Hopper-v4; of
 Stable-Baselines3 and SBX too, where they are installed (benchmark/requirements.txt), with the same
-hyperparameters. The cores' table: one run or as many as there are cores, with one thread each or with as many
-threads. All take turns in one run; the numbers are medians over the rounds.
+hyperparameters on the dense task. The cores' table: one run or as many as there are cores, with one thread
+each or with as many threads. All take turns in one run; the numbers are medians over the rounds.
 """
 
 import os
