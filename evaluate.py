@@ -1,72 +1,241 @@
-"""Runs a saved policy and tells its returns on the dense and on the sparse task.
+"""Runs a saved policy and prints its returns on the dense and on the sparse task.
 
     python evaluate.py runs/<run>
     python evaluate.py runs/<run>/policies/100000.pt --episodes 20 --video hopper.mp4
 
-The policy acts deterministically. It can be watched in a window (--render) or recorded off-screen (--video;
-without a display, MuJoCo renders with the environment variable MUJOCO_GL=egl or osmesa).
+The policy acts without noise, through the script that wrote it, in its run's environment and with its run's
+sparse threshold. --render opens a window, --video records without one. Without a display MuJoCo renders only
+if the environment variable MUJOCO_GL is egl or osmesa.
 """
 
+import contextlib
+import io
+import os
+import re
+import signal
 import sys
+import warnings
+from copy import copy
 from dataclasses import dataclass
+from importlib import import_module, invalidate_caches
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
+import torch
 import tyro
-
-from demos.collect import load_policy
 
 
 @dataclass
 class Args:
     policy: tyro.conf.Positional[Path]  # a run's folder, or a policy file
-    episodes: int = 10  # how many, each from a start of its own
-    seed: int = 0  # of the first episode; the others follow
+    episodes: int = 10  # number of episodes
+    seed: int = 0  # seed of the first episode; each further episode takes the next one
     render: bool = False  # show a window
-    video: Path | None = None  # record to this file, .mp4 (needs the imageio-ffmpeg package) or .gif
+    video: Path | None = None  # record to this file, .mp4 (pip install imageio-ffmpeg) or .gif
+    env_id: str | None = None  # evaluate in this environment, such as module:Env-v0; None: the run's
+    script: Path | None = None  # the script that wrote the policy; None: found by its name
+
+    def __post_init__(self):
+        if self.episodes < 1:
+            raise ValueError(f"--episodes {self.episodes} is less than 1")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} is negative")
+        if self.video and self.render:
+            raise ValueError("--render and --video exclude each other")
+        if self.video and self.video.suffix not in (".mp4", ".gif"):
+            raise ValueError(f"--video {self.video} ends neither in .mp4 nor in .gif")
 
 
-def returns(policy: Path, episodes: int, seed: int, render_mode: str | None = None):
-    """A policy's dense and sparse returns, (episodes, 2), and steps, (episodes,); frames and their rate.
+class InputError(ValueError):
+    """A user's mistake, reported in one line."""
 
-    Without a threshold (Point2D, tasks of one's own) the two returns are the same.
-    """
-    actor, script, about = load_policy(policy)
-    env = script.make_env(script.Args(env_id=about["env_id"]), training=False, render_mode=render_mode)
-    threshold = script.SPARSE_THRESHOLDS.get(script.task_name(about["env_id"]), -np.inf)
-    totals, lengths, frames = np.zeros((episodes, 2)), np.zeros(episodes, int), []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
-        ended = False
-        while not ended:
-            obs, reward, terminated, truncated, info = env.step(script.act(actor, obs))
-            ended = terminated or truncated
-            totals[episode] += reward, reward if info.get("x_position", 0.0) > threshold else 0.0
-            lengths[episode] += 1
-            if render_mode == "rgb_array":
-                frames.append(env.render())
-    fps = env.metadata.get("render_fps", 30)
+
+def find_script(name: str, policy: Path, script: Path | None) -> tuple[str, Path]:
+    """The module name of the script that wrote a policy, and the folder to import it from."""
+    if script:
+        if script.suffix != ".py" or not script.is_file():
+            raise InputError(f"--script {script} is not a Python file")
+        folder = script.resolve().parent
+        package = (folder / "__init__.py").exists()
+        return (f"{folder.name}.{script.stem}", folder.parent) if package else (script.stem, folder)
+    run = [folder.parent for folder in policy.resolve().parents if folder.name == "runs"][:1]
+    folders = list(dict.fromkeys([*run, Path.cwd(), Path(__file__).resolve().parent]))
+    for folder in folders:
+        if (folder / f"{name.replace('.', '/')}.py").is_file():
+            return name, folder
+    places = ", ".join(map(str, folders))
+    raise InputError(f"{policy} was written by {name}, which is not in {places}; --script names its file")
+
+
+def import_script(name: str, folder: Path):
+    """The module `name` of this folder, even where another folder's module has that name already."""
+    file = folder / f"{name.replace('.', '/')}.py"
+    if sys.path[0] != str(folder):
+        sys.path.insert(0, str(folder))  # as Python does with the folder of a script that it runs
+    invalidate_caches()
+    spec = None
+    with contextlib.suppress(ModuleNotFoundError):  # the other folder's package lacks it
+        spec = find_spec(name)
+    if spec and spec.origin and Path(spec.origin).resolve() == file.resolve():
+        return import_module(name)
+    spec = spec_from_file_location(name, file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_policy(path: Path, script: Path | None = None, env_id: str | None = None):
+    """The actor in a policy file, the script that wrote it (a module), its run's Args, and its step."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no {path}; a run writes policy.pt at its first evaluation")
+    try:
+        policy = torch.load(path, weights_only=True, map_location="cpu")
+        weights, global_step = policy["actor"], policy["global_step"]
+        name = re.fullmatch(r"\w+(\.\w+)*", policy["script"])[0]
+        # whoever evaluates a run need not have its tracker installed
+        saved = {key: value for key, value in policy["args"].items() if (key, value) != ("track", True)}
+    except Exception as error:  # a damaged or foreign file fails in a dozen ways
+        raise InputError(f"{path} is not a policy file of this project: {error!r:.150}") from None
+    name, folder = find_script(name, path, script)
+    module = import_script(name, folder)
+    try:
+        args = module.Args(**saved | ({"env_id": env_id} if env_id else {}))
+        env = module.make_env(args, training=False)
+        actor = module.Actor(env.observation_space.shape[0], env.action_space.shape[0])
+        actor.load_state_dict(weights)
+        env.close()
+    except ValueError as error:  # the script's own refusal
+        raise InputError(f"{path}: {error}") from None
+    except (TypeError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[-1].strip()
+        raise InputError(f"{path} does not fit {module.__file__}: {reason}") from None
+    return actor, module, args, global_step
+
+
+def sparse_rule(script, args):
+    """A function of a step's result: the reward of the run's sparse task, by its own SparseReward wrapper."""
+    args = copy(args)
+    args.dense = False
+    with contextlib.redirect_stderr(io.StringIO()):  # what training says of a task
+        env = script.make_env(args, training=True)
     env.close()
-    return totals, lengths, (frames, fps)
+    while type(env).__name__ != "SparseReward":
+        if env is env.unwrapped:
+            return lambda result: result[1]  # the task's own reward is the sparse one
+        env = env.env
+
+    def reward(result):
+        env.env = SimpleNamespace(step=lambda action: result)
+        return env.step(None)[1]
+
+    return reward
+
+
+def rollout(actor, script, args, env: gym.Env, seed: int, explore=False, after_step=lambda: None):
+    """Endless episodes in an environment of the script's make_env(args, training=False).
+
+    Yields each as a dict of arrays with a row per step: those of a demonstration file, but with actions in
+    [-1, 1], and `sparse_rewards`. With `explore` the policy acts as in training: with noise, or a sample.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    sparse = sparse_rule(script, args)
+    names = ("observations", "actions", "rewards", "sparse_rewards", "terminations", "truncations")
+    while True:
+        obs, _ = env.reset(seed=seed)
+        steps, ended = [], False
+        while not ended:
+            if explore and not hasattr(args, "exploration_noise"):
+                action = script.act(actor, obs, explore=True)  # SAC
+            else:
+                action = script.act(actor, obs)
+            if explore and hasattr(args, "exploration_noise"):
+                noise = rng.normal(0, np.float32(args.exploration_noise), action.shape)
+                action = (action + noise).clip(-1, 1).astype(np.float32)
+            if not np.isfinite(action).all():
+                raise InputError("the policy's action is not finite")
+            result = next_obs, reward, terminated, truncated, _ = env.step(action)
+            steps.append((obs, action, reward, sparse(result), terminated, truncated))
+            after_step()
+            obs, ended = next_obs, terminated or truncated
+        yield dict(zip(names, map(np.array, zip(*steps, strict=True)), strict=True))
+        seed += 1
+
+
+def make_visible(script, args, render_mode: str):
+    """The environment, after a first frame: who cannot render is told so before the first episode."""
+    window = render_mode == "human"
+    if window and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        raise InputError("--render needs a display; --video records without one")
+    try:
+        env = script.make_env(args, training=False, render_mode=render_mode)
+        env.reset()
+        if env.render() is None and not window:
+            raise ValueError("it has no render_mode rgb_array")
+        return env
+    except Exception as error:  # each renderer fails in a way of its own
+        remedy = "MuJoCo without a display needs MUJOCO_GL=egl, most other tasks pip install pygame"
+        raise InputError(f"{args.env_id} cannot be rendered: {error!r:.200} ({remedy})") from None
+
+
+@contextlib.contextmanager
+def video(path: Path, env: gym.Env):
+    """Yields a function that adds the environment's frame to a video, which appears when it is complete."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    kind = "GIF-PIL" if path.suffix == ".gif" else "FFMPEG"  # both write frame by frame
+    try:
+        import imageio
+
+        with imageio.get_writer(part, kind, mode="I", fps=env.metadata.get("render_fps", 30)) as writer:
+            yield lambda: writer.append_data(env.render())
+        os.replace(part, path)
+    except ImportError as error:
+        raise InputError(f"{path} needs another package: pip install imageio-ffmpeg ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def main(args: Args):
-    policy = args.policy / "policy.pt" if args.policy.is_dir() else args.policy
-    render_mode = "rgb_array" if args.video else "human" if args.render else None
-    totals, lengths, (frames, fps) = returns(policy, args.episodes, args.seed, render_mode)
-    for name, column in zip(("dense return", "sparse return"), totals.T, strict=True):
+    path = args.policy / "policy.pt" if args.policy.is_dir() else args.policy
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # what matters is reported in one line
+        actor, script, run, _ = load_policy(path, args.script, args.env_id)
+        if args.render or args.video:
+            env = make_visible(script, run, "rgb_array" if args.video else "human")
+        else:
+            env = script.make_env(run, training=False)
+        stack.callback(env.close)
+        add_frame = stack.enter_context(video(args.video, env)) if args.video else lambda: None
+        episodes = rollout(actor, script, run, env, args.seed, after_step=add_frame)
+        rows = [
+            (episode["rewards"].sum(), episode["sparse_rewards"].sum(), len(episode["rewards"]))
+            for episode in islice(episodes, args.episodes)
+        ]
+    for name, column in zip(("dense return", "sparse return", "steps"), np.transpose(rows), strict=True):
         print(f"{name:13} {column.mean():9.1f} ± {column.std():.1f}")
-    print(f"{'steps':13} {lengths.mean():9.1f} ± {lengths.std():.1f}")
     if args.video:
-        import imageio
+        print(f"{args.video}: {sum(steps for *_, steps in rows)} frames")
 
-        imageio.mimwrite(args.video, frames, fps=fps)
-        print(f"{args.video}: {len(frames)} frames")
+
+def command_line(main, Args):
+    """Runs a tool's `main` from the command line. A user's mistake ends it with one line and code 2."""
+    for name in {"SIGINT", "SIGTERM", "SIGBREAK"} & set(dir(signal)):  # the last is Windows'
+        signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))  # cleans up first
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"evaluate.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+    command_line(main, Args)

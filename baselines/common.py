@@ -67,8 +67,8 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
         raise InputError(f"--env-id {args.env_id}: {reason} (a module's tasks: module:Env-v0)") from None
     spaces, box = (env.observation_space, env.action_space), env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-    width = box.high - box.low if vectors else np.zeros(1)
-    if box.dtype.kind != "f" or not (np.isfinite(width) & (width > 0)).all():
+    width = box.high - box.low if vectors and box.dtype.kind == "f" else np.zeros(1)
+    if not (np.isfinite(width) & (width > 0)).all():
         raise InputError(f"--env-id {args.env_id} has {spaces}, not Box vectors with bounded float actions")
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 1_000)
@@ -147,17 +147,16 @@ class DemonstrationBuffer:
         return self.obs[index], self.actions[index]
 
 
-def evaluate(act, actor, envs: list[gym.Env], seed: int) -> np.ndarray:
-    """The undiscounted return of one episode in each of the E environments, (E,)."""
-    obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    returns, running = np.zeros(len(envs)), list(range(len(envs)))
-    while running:
-        actions = act(actor, np.stack(obs))
-        for i in running.copy():
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+def evaluate(act, actor, env: gym.Env, episodes: int, seed: int) -> np.ndarray:
+    """The undiscounted return of each episode, (episodes,). The same seed gives the same starts."""
+    returns = np.zeros(episodes)
+    for i in range(episodes):
+        obs, _ = env.reset(seed=seed + i)
+        ended = False
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(act(actor, obs))
             returns[i] += reward
-            if terminated or truncated:
-                running.remove(i)
+            ended = terminated or truncated
     return returns
 
 
@@ -205,7 +204,7 @@ def command_line(Args):
     if csv.exists() and csv.read_text().splitlines()[-1].startswith(f"{args.total_timesteps},"):
         raise InputError(f"nothing to do: the run has its {args.total_timesteps} steps (--total-timesteps)")
     if "ws_frac" in vars(run):  # the warm start keeps its length
-        args.ws_frac *= run.total_timesteps / args.total_timesteps
+        args.ws_frac = round(run.ws_frac * run.total_timesteps) / args.total_timesteps
     return args
 
 
@@ -250,9 +249,10 @@ def save(path: Path, data):
 
 def save_checkpoint(path: Path, parts: dict, generators: list, global_step: int, evaluations: list[str]):
     """Saves the whole state of a run between two episodes, when the simulator needs none."""
+    networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    if not all(weight.isfinite().all() for network in networks for weight in network.parameters()):
+        raise FloatingPointError(f"a network is not finite at step {global_step}; {path} is from before that")
     state = {name: part.state_dict() for name, part in parts.items()}
-    if not all(weight.isfinite().all() for weight in state["actor"].values()):
-        raise FloatingPointError(f"the actor is not finite at step {global_step}; {path} is from before that")
     device = next(parts["actor"].parameters()).device
     numpy_states = [  # np.random itself and an environment's RandomState have the older methods
         g.bit_generator.state if isinstance(g, np.random.Generator) else g.get_state(legacy=False)

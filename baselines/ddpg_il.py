@@ -129,9 +129,9 @@ def il_loss(action, demo_action):
 def rl_weight(q, il_beta):
     """Eq. (3): w_rl = beta / mean |Q|. With sparse rewards Q can stay at 0 for long, hence the floor.
 
-    Q is the updated critic's at (s, phi(s)), as in TD3+BC; the actor's loss has computed it already.
+    Q is the updated critic's, at the actor's own actions as in TD3+BC: the actor's loss has computed it.
     """
-    return il_beta / q.detach().abs().mean().clamp(min=1e-6)
+    return il_beta / q.detach().float().abs().mean().clamp(min=1e-6)
 
 
 def gradient(loss, params, **kwargs):
@@ -183,7 +183,7 @@ def train(args: Args) -> Path:
     """One run, or with args.resume the rest of it. Returns its folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
-    eval_envs = [make_env(args, training=False) for _ in range(args.eval_episodes)]
+    eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     shipped = Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-ddpg.npz"
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
@@ -253,7 +253,7 @@ def train(args: Args) -> Path:
                 writer.add_scalar("charts/SPS", int(sps), global_step)
 
         if global_step % args.eval_frequency == 0 or global_step == args.total_timesteps:
-            returns = evaluate(act, actor, eval_envs, seed=args.seed + 100)  # the same starts each time
+            returns = evaluate(act, actor, eval_env, args.eval_episodes, seed=args.seed + 100)
             policy = {"actor": actor.state_dict(), "script": f"baselines.{Path(__file__).stem}"}
             save_evaluation(run_dir, writer, args, global_step, returns, evaluations, policy)
         if ended and (received_signals or global_step >= last_checkpoint + args.checkpoint_frequency):

@@ -2,8 +2,8 @@
 
     python -m benchmark.cost
 
-The three learners take turns, 50 iterations each, on Hopper's shapes; a number is the median over the rounds.
-Then checkpoints with a full replay buffer of a million transitions are written, the largest that there are.
+The three learners take turns of 50 iterations on Hopper's shapes; each number is the median over the rounds.
+Then checkpoints with a full replay buffer of a million transitions are written.
 """
 
 import statistics
@@ -14,93 +14,88 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-import gymnasium as gym
-import numpy as np
 import torch
 import tyro
 
 
 @dataclass
 class Args:
-    rounds: int = 15  # how often the learners take turns
-    iterations: int = 50  # learner iterations in a turn
+    rounds: int = 15  # how often each learner takes a turn
+    iterations: int = 50  # learner iterations per turn
     threads: int = 1  # CPU threads of PyTorch
 
 
 class Learner:
-    """One algorithm's networks on random data, and its iteration as the script's loop does it."""
+    """One algorithm's networks and random data, updated by the functions of its gild script."""
 
-    def __init__(self, algorithm: str, compiled=lambda function: function, obs_dim=11, action_dim=3):
-        self.script = import_module(f"gild_{algorithm}")
-        self.algorithm, self.args = algorithm, self.script.Args(cuda=False)
-        box = gym.spaces.Box(-1.0, 1.0, (action_dim,))
-        self.actor = self.script.Actor(obs_dim, box)
-        self.critic = self.script.Critic(obs_dim, action_dim)
-        self.gild = self.script.GILD(obs_dim, action_dim)
+    def __init__(self, algorithm: str, compiled=False, obs_dim=11, action_dim=3, capacity=10_000, **changes):
+        self.script = script = import_module(f"gild_{algorithm}")
+        self.sac, self.args = algorithm == "sac", script.Args(cuda=False, **changes)
+        self.actor, self.critic = script.Actor(obs_dim, action_dim), script.Critic(obs_dim, action_dim)
         self.target_actor, self.target_critic = deepcopy(self.actor), deepcopy(self.critic)
-        self.networks = (self.actor, self.critic, self.gild)
-        self.optimizers = [
-            torch.optim.Adam(network.parameters(), 3e-4, fused=True) for network in self.networks
-        ]
-        functions = self.script.critic_gradients, self.script.actor_gradients, self.script.gild_gradients
-        self.update_critic, self.update_actor, self.update_gild = map(compiled, functions)
-        self.buffer = self.script.ReplayBuffer(10_000, obs_dim, action_dim, torch.device("cpu"))
-        rng = np.random.default_rng(0)
-        for _ in range(10_000):
-            obs, next_obs = rng.normal(size=(2, obs_dim))
-            self.buffer.add(obs, rng.uniform(-1, 1, action_dim), rng.normal(), next_obs, False)
+        self.gild = script.GILD(obs_dim, action_dim)
+        self.buffer = script.ReplayBuffer(capacity, obs_dim, action_dim, torch.device("cpu"))
+        self.buffer.rows.normal_()
+        _, action, _, _, terminated = self.buffer.rows.split(self.buffer.widths, dim=1)
+        action.uniform_(-1, 1)
+        terminated.bernoulli_(0.1)
+        self.buffer.added = capacity
+        self.parts = {"actor": self.actor, "critic": self.critic, "gild": self.gild}
+        self.parts |= {"target_actor": self.target_actor, "target_critic": self.target_critic}
+        for name in ("actor", "critic", "gild"):
+            optimizer = torch.optim.Adam(self.parts[name].parameters(), self.args.learning_rate, fused=True)
+            self.parts[f"{name}_optimizer"] = optimizer
+        self.parts["buffer"] = self.buffer
+        updates = script.critic_gradient, script.actor_gradient, script.gild_gradients
+        if compiled:
+            torch._dynamo.config.trace_autograd_ops = True  # as the scripts do
+            torch._inductor.config.fallback_random = True
+            updates = map(torch.compile, updates)
+        self.update_critic, self.update_actor, self.update_gild = updates
+        self.alpha = [torch.tensor(0.2)] if self.sac else []
+
+    def step(self, name: str, grad: dict):
+        self.script.step(self.parts[f"{name}_optimizer"], self.parts[name], grad)
 
     def step_critic(self):
-        """Returns the batch and Q."""
-        args, batch = self.args, self.buffer.sample(self.args.batch_size)
-        actor = self.actor if self.algorithm == "sac" else self.target_actor
-        more = (args.policy_noise, args.noise_clip) if self.algorithm == "td3" else ()
-        more = (torch.tensor(0.2),) if self.algorithm == "sac" else more
-        inputs = self.critic, self.target_critic, actor, batch, args.gamma, *more
-        grad, _, q, *_ = self.update_critic(*inputs)
-        self.script.step(self.optimizers[1], self.critic, grad)
-        return batch, q
+        """Returns the batch."""
+        batch = self.buffer.sample(self.args.batch_size)
+        policy = self.actor if self.sac else self.target_actor
+        inputs = self.critic, self.target_critic, policy, batch, *self.alpha, self.args
+        self.step("critic", self.update_critic(*inputs)[0])
+        return batch
 
-    def step_actor(self, batch, q, with_gild: bool):
-        args, script = self.args, self.script
-        noise = torch.randn_like(batch[1]) if self.algorithm == "sac" else None
+    def step_actor(self, batch, with_gild: bool):
+        obs, action, *_ = batch
         if with_gild:
-            demo, val_obs = self.buffer.sample(args.batch_size)[:2], self.buffer.sample(args.batch_size)[0]
-            inputs = [self.actor, self.critic, self.gild, batch[0], demo, val_obs]
-            if self.algorithm == "sac":
-                inputs += [(noise, torch.randn_like(noise), torch.randn_like(noise)), torch.tensor(0.2)]
-            inputs += [script.rl_weight(q, args.il_beta), args.learning_rate, args.meta_loss]
-            phi_grad, omega_grad, *_ = self.update_gild(*inputs)
-            script.step(self.optimizers[2], self.gild, omega_grad)
+            demo = self.buffer.sample(self.args.batch_size)[:2]
+            val_obs = self.buffer.sample(self.args.batch_size)[0]
+            inputs = [self.actor, self.critic, self.gild, obs, demo, val_obs]
+            inputs += [torch.randn(3, *action.shape)] if self.sac else []
+            phi_grad, omega_grad, *_ = self.update_gild(*inputs, *self.alpha, self.args)
+            self.step("gild", omega_grad)
         else:
-            inputs = [noise, torch.tensor(0.2)] if self.algorithm == "sac" else []
-            phi_grad, *_ = self.update_actor(self.actor, self.critic, batch[0], *inputs)
-        script.step(self.optimizers[0], self.actor, phi_grad)
-        with torch.no_grad():
-            pairs = [(self.target_critic, self.critic), (self.target_actor, self.actor)]
-            for target, online in pairs[: 1 if self.algorithm == "sac" else 2]:
-                torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.tau)
+            noise = [torch.randn_like(action)] if self.sac else []
+            phi_grad, *_ = self.update_actor(self.actor, self.critic, obs, *noise, *self.alpha, self.args)
+        self.step("actor", phi_grad)
+        self.script.update_target(self.target_critic, self.critic, self.args.tau)
+        if not self.sac:
+            self.script.update_target(self.target_actor, self.actor, self.args.tau)
 
     def iterate(self, number: int, with_gild: bool):
-        batch, q = self.step_critic()
+        batch = self.step_critic()
         if number % getattr(self.args, "policy_frequency", 1) == 0:
-            self.step_actor(batch, q, with_gild)
+            self.step_actor(batch, with_gild)
 
 
-def checkpoint_seconds(learner: Learner, obs_dim: int, action_dim: int) -> float:
-    """Seconds to write a checkpoint with a full buffer: the median of three."""
-    script = learner.script
-    buffer = script.ReplayBuffer(1_000_000, obs_dim, action_dim, torch.device("cpu"))
-    buffer.rows.normal_()
-    buffer.added = len(buffer.rows)
-    learners = {"actor": learner.actor, "critic": learner.critic, "optimizer": learner.optimizers[0]}
+def checkpoint_seconds(obs_dim: int, action_dim: int) -> float:
+    """Seconds to write a checkpoint of TD3+GILD with a full buffer: the median of three."""
+    learner = Learner("td3", obs_dim=obs_dim, action_dim=action_dim, capacity=1_000_000)
     seconds = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        for name in ("args.json", "evaluations.csv"):
-            (Path(folder) / name).touch()
         for _ in range(3):
             start = time.perf_counter()
-            script.save_checkpoint(Path(folder), 0, learners, [], buffer)
+            learner.script.save_checkpoint(Path(folder, "checkpoint.pt"), learner.parts, [], 0, [])
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
@@ -122,11 +117,10 @@ def main(args: Args):
         ratio = statistics.median(g / v for g, v in zip(with_gild, vanilla, strict=True))
         milliseconds = f"{statistics.median(vanilla):.2f} | {statistics.median(with_gild):.2f}"
         print(f"| {algorithm.upper()} | {milliseconds} | {ratio:.2f} | {0.99 + 0.01 * ratio:.3f} |")
-    # the learner's part of the time between two checkpoints, by default
-    between = 50_000 * statistics.median(times["td3", False]) / 1e3
+    between = 50_000 * statistics.median(times["td3", False][1:]) / 1e3  # the learner's part of it
     for task, dims in {"Hopper": (11, 3), "Ant": (111, 8)}.items():
-        seconds = checkpoint_seconds(learners["td3"], *dims)
-        share = f"{seconds / between:.2%} of the {between:.0f} s between two"
+        seconds = checkpoint_seconds(*dims)
+        share = f"{seconds / between:.2%} of the {between:.0f} s of learning between two"
         print(f"{task}: a checkpoint takes {seconds:.2f} s, {share}")
 
 

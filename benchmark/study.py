@@ -1,16 +1,22 @@
-"""Runs the comparisons of the README, a process a run, and keeps their results as small CSV files.
+"""Runs the comparisons of the README, one process per run, and keeps their results as small CSV files.
 
-    python -m benchmark.study point2d --jobs 2
+    python -m benchmark.study headline --jobs 2
 
-A run's result is benchmark/results/STUDY/VARIANT-SEED.csv, one row an evaluation. Runs that have a result are
-skipped, so that a study can be stopped and started again.
+A run's result is benchmark/results/STUDY/VARIANT-TASK-SEED.csv, or VARIANT-SEED.csv in a study of one task,
+with a row per evaluation. Its output is in runs/STUDY-VARIANT-TASK-SEED.log. Ctrl-C and SIGTERM are passed on
+to the runs, which finish their episode and write a checkpoint. The same command resumes them later and skips
+the runs that have a result.
 """
 
 import csv
+import json
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +24,43 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from demos.collect import load_policy, rollout
-from demos.make import EXPERTS
+from baselines.common import DemonstrationBuffer, evaluate, make_env, task_name
+from evaluate import load_policy
 
 RESULTS = Path(__file__).parent / "results"
+DEMOS = Path(__file__).parents[1] / "demos"
 
 OPTIMIZER_A = "--gild-lr 1e-5 --gild-eps 1e-8"
 OPTIMIZER_B = "--gild-lr 1e-4 --gild-eps 1e-3"
 RELEASED = "--gild-init random --gild-lr 1e-4 --gild-eps 1e-8 --gild-weight-decay 1e-4"
-POINT2D = "--env-id Point2D-v0 --total-timesteps 60000 --eval-frequency 1000"
-HOPPER = "--env-id Hopper-v4 --total-timesteps 100000"
-WARM_START = "--total-timesteps 30000 --ws-frac 0.33333"  # 10,000 iterations, as 1 % of a million steps
-TASKS = {task: f"{task}-v{0 if task == 'Point2D' else 4}" for task in EXPERTS}
 
-# study: (shared flags, {variant: (command, seeds)})
+
+@dataclass
+class Study:
+    tasks: list[str]  # env ids
+    total_timesteps: int  # environment steps of a run
+    flags: str  # further flags, shared by all runs
+    variants: dict[str, tuple[str, int]]  # a variant's command, and its number of seeds
+
+
 STUDIES = {
-    "point2d": (
-        POINT2D,
+    "headline": Study(
+        ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4"],
+        300_000,
+        "--compile",
+        {
+            "td3": ("-m baselines.td3", 3),
+            "td3-il": ("-m baselines.td3_il", 3),
+            "td3-bc": ("-m baselines.td3_il --il-beta 0", 3),
+            "td3-gild": ("gild_td3.py --ws-frac 0.033333", 3),  # 10,000 iterations, as 1 % of a million
+            "td3-gild-frozen": ("gild_td3.py --ws-frac 0.033333 --gild-lr 0", 3),
+            "td3-gild-end": ("gild_td3.py --ws-frac 1", 3),
+        },
+    ),
+    "point2d": Study(
+        ["Point2D-v0"],
+        60_000,
+        "--eval-frequency 1000",
         {
             "td3": ("-m baselines.td3", 3),
             "td3-il": ("-m baselines.td3_il", 3),
@@ -45,8 +71,10 @@ STUDIES = {
             "sac-gild-B": (f"gild_sac.py --ws-frac 1 {OPTIMIZER_B}", 1),
         },
     ),
-    "hopper": (
-        HOPPER,
+    "hopper": Study(
+        ["Hopper-v4"],
+        100_000,
+        "",
         {
             "td3": ("-m baselines.td3", 2),
             "td3-il": ("-m baselines.td3_il", 2),
@@ -58,87 +86,134 @@ STUDIES = {
             "td3-gild-frozen": ("gild_td3.py --ws-frac 1 --gild-lr 0", 2),
         },
     ),
-    "demonstrations": (
-        WARM_START,
-        {
-            f"{algo}-{task}": (f"gild_{algo}.py --env-id {env_id}", 1)
-            for task, env_id in TASKS.items()
-            for algo in ("ddpg", "td3", "sac")
-        },
+    "demonstrations": Study(
+        ["Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "Ant-v4", "Point2D-v0"],
+        30_000,
+        "--ws-frac 0.33333",
+        {algorithm: (f"gild_{algorithm}.py", 1) for algorithm in ("ddpg", "td3", "sac")},
     ),
 }
 
 
-def command(study: str, variant: str, seed: int) -> list[str]:
-    shared, variants = STUDIES[study]
-    return f"{variants[variant][0]} {shared} --seed {seed} --keep-policies --no-cuda".split()
+@dataclass
+class Args:
+    study: tyro.conf.Positional[str]  # headline, point2d, hopper or demonstrations
+    variants: tuple[str, ...] = ()  # only these variants; empty: all
+    tasks: tuple[str, ...] = ()  # only these tasks, such as Hopper-v4; empty: all
+    jobs: int = 1  # runs at a time, each of one thread
 
 
-def look_back(policy: Path, demonstrations) -> tuple[float, float]:
-    """A saved policy's mean sparse return, and its mean squared distance to the demonstrated actions.
+def result(study: str, variant: str, env_id: str, seed: int) -> Path:
+    task = f"{task_name(env_id)}-" if len(STUDIES[study].tasks) > 1 else ""
+    return RESULTS / study / f"{variant}-{task}{seed}.csv"
 
-    The ten episodes begin like those of its evaluation in training.
-    """
-    actor, module, about = load_policy(policy)
-    _, returns = rollout(actor, module, about["env_id"], 1, False, seed=about["seed"] + 100, episodes=10)
-    actions = module.act(actor, demonstrations["observations"])
-    return returns[:, 1].mean(), np.square(actions - demonstrations["actions"]).mean()
+
+def last_evaluation(run_dir: Path) -> int:
+    path = run_dir / "evaluations.csv"
+    return int(path.read_text().splitlines()[-1].split(",")[0]) if path.exists() else 0
+
+
+def find_run(study: str, variant: str, env_id: str, seed: int) -> Path | None:
+    """The folder of the run, finished or not; of several the one that got furthest."""
+    run_dirs = []
+    for path in Path("runs").glob(f"{env_id}__{variant}__{seed}__*/checkpoint.pt"):
+        args = json.loads((path.parent / "args.json").read_text())["args"]
+        if args["total_timesteps"] == STUDIES[study].total_timesteps and args["keep_policies"]:
+            run_dirs.append(path.parent)
+    return max(run_dirs, key=last_evaluation, default=None)
 
 
 def write_result(run_dir: Path, algorithm: str, target: Path):
-    """A run's evaluations, each with what the logs and `look_back` tell of the run and its policy by then."""
+    """Writes a run's evaluations, with what its logs say up to each of them and what its kept policy shows:
+
+    its mean sparse return from the same starts, and its mean squared distance to the demonstrated actions.
+    """
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     q = {event.step: event.value for event in events.Scalars("losses/qf1_values")}
     rewarded = [event.step for event in events.Scalars("charts/episodic_return") if event.value]
     warm_start = "charts/imitation_distance" in events.Tags()["scalars"]
     distances = events.Scalars("charts/imitation_distance") if warm_start else []
-    rows = list(csv.DictReader((run_dir / "evaluations.csv").read_text().splitlines()))
-    task = run_dir.name.split("-v")[0]
-    with np.load(Path(__file__).parents[1] / "demos" / f"{task}-{algorithm}.npz", allow_pickle=False) as file:
-        demonstrations = dict(file)
+    actor, script, args, _ = load_policy(run_dir / "policy.pt")
+    envs = [make_env(args, training=True) for _ in range(args.eval_episodes)]  # with the sparse reward
+    path = DEMOS / f"{task_name(args.env_id)}-{algorithm}.npz"
+    demonstrations = DemonstrationBuffer(path, args.env_id, envs[0], torch.device("cpu"))
+    head = "global_step,return_mean,return_std,q_mean,sparse_return,imitation_distance"
+    rows = [f"{head},lowest_of_batches,rewarded_episodes".split(",")]
+    for row in csv.DictReader((run_dir / "evaluations.csv").read_text().splitlines()):
+        if received_signals:
+            return
+        step = int(row["global_step"])
+        policy = torch.load(run_dir / "policies" / f"{step}.pt", weights_only=True)
+        actor.load_state_dict(policy["actor"])
+        actions = script.act(actor, demonstrations.obs.numpy())
+        past = [event.value for event in distances if event.step <= step]
+        numbers = [float(row["return_mean"]), float(row["return_std"]), q.get(step, float("nan"))]
+        numbers += [evaluate(script.act, actor, envs, seed=args.seed + 100).mean()]
+        numbers += [np.square(actions - demonstrations.actions.numpy()).mean()]
+        numbers += [min(past, default=float("nan")), sum(end <= step for end in rewarded)]
+        rows.append([step, *(f"{number:.6g}" for number in numbers)])
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.writer(file)
-        head = "global_step,return_mean,return_std,q_mean,sparse_return,imitation_distance"
-        writer.writerow(f"{head},lowest_of_batches,rewarded_episodes".split(","))
-        for row in rows:
-            step = int(row["global_step"])
-            numbers = float(row["return_mean"]), float(row["return_std"]), q.get(step, float("nan"))
-            numbers += look_back(run_dir / "policies" / f"{step}.pt", demonstrations)
-            past = [event.value for event in distances if event.step <= step]
-            numbers += min(past, default=float("nan")), sum(end <= step for end in rewarded)
-            writer.writerow([step, *(f"{number:.6g}" for number in numbers)])
+        csv.writer(file).writerows(rows)
     target.with_suffix(".tmp").replace(target)
+    print(target, flush=True)
 
 
-def run(study: str, variant: str, seed: int):
-    target = RESULTS / study / f"{variant}-{seed}.csv"
-    if target.exists():
+received_signals, processes, lock = [], [], threading.RLock()
+
+
+def forward(number, frame):
+    """Signal handler: passes the signal on to the runs. A second one ends them at once."""
+    received_signals.append(number)
+    with lock:
+        for process in processes:
+            process.send_signal(number)
+
+
+def run(name: str, variant: str, env_id: str, seed: int):
+    """Trains, or resumes, one run and writes its result."""
+    study, target = STUDIES[name], result(name, variant, env_id, seed)
+    if target.exists() or received_signals:
         return
-    torch.set_num_threads(1)
-    process = subprocess.run([sys.executable, *command(study, variant, seed)], capture_output=True, text=True)
-    if process.returncode:
-        print(f"{target.stem} failed: {process.stderr.strip().splitlines()[-1]}", flush=True)
-        return
-    write_result(Path(process.stdout.split(" on ")[0]), variant.split("-")[0], target)
-    print(f"{target}", flush=True)
-
-
-@dataclass
-class Args:
-    study: tyro.conf.Positional[str]  # point2d, hopper or demonstrations
-    variants: tuple[str, ...] = ()  # only these [default: all]
-    jobs: int = 1  # runs at a time, each of one thread
+    run_dir = find_run(name, variant, env_id, seed)
+    if run_dir is None or last_evaluation(run_dir) < study.total_timesteps:
+        command = f"{study.variants[variant][0]} {study.flags} --exp-name {variant} --env-id {env_id}"
+        command += f" --seed {seed} --total-timesteps {study.total_timesteps} --keep-policies --no-cuda"
+        command = [sys.executable, "-u", *command.split()]
+        command += ["--resume", str(run_dir)] if run_dir else []
+        log = Path("runs", f"{name}-{target.stem}.log")
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "a") as file, lock:
+            if received_signals:
+                return
+            # in a session of its own, so that Ctrl-C reaches it once, through `forward`
+            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            processes.append(process)
+        if code := process.wait():
+            last_line = "".join(log.read_text().splitlines()[-1:])
+            print(f"{target.stem} ended with code {code}: {last_line}", flush=True)
+            return
+        run_dir = find_run(name, variant, env_id, seed)
+    write_result(run_dir, variant.split("-")[0], target)
 
 
 def main(args: Args):
-    variants = STUDIES[args.study][1]
-    chosen = args.variants or variants
-    most = max(variants[variant][1] for variant in chosen)
-    # seed by seed, so that an unfinished study compares every variant on the seeds it has
-    runs = [(args.study, v, s) for s in range(1, most + 1) for v in chosen if s <= variants[v][1]]
+    study = STUDIES[args.study]
+    variants, tasks = args.variants or tuple(study.variants), args.tasks or tuple(study.tasks)
+    for name in (*variants, *tasks):
+        if name not in (*study.variants, *study.tasks):
+            sys.exit(f"{args.study} has no {name}, only {', '.join([*study.variants, *study.tasks])}")
+    seeds = {variant: study.variants[variant][1] for variant in variants}
+    # seed by seed, so that an unfinished study compares all variants on the seeds it has
+    order = product(range(1, 1 + max(seeds.values())), tasks, variants)
+    runs = [(args.study, variant, task, seed) for seed, task, variant in order if seed <= seeds[variant]]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    torch.set_num_threads(1)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda one: run(*one), runs))
+    if received_signals:
+        sys.exit(128 + received_signals[0])
 
 
 if __name__ == "__main__":

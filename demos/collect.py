@@ -1,113 +1,99 @@
 """Rolls out a saved policy and writes its episodes as a demonstration file.
 
-    python -m demos.collect --policy runs/<run>/policies/100000.pt --out demos/Hopper-td3.npz
+    python -m demos.collect --policy runs/<run>/policies/100000.pt --out Hopper-td3.npz
 
-The file (compressed, never pickled) holds observations (M, |S|), actions (M, |A|) and rewards (M,) in
-float32, terminations and truncations (M,) in bool, and metadata, a JSON text. The rewards are those of the
-evaluation: the task's own, dense in MuJoCo. A file of your own needs only observations, actions and the
-metadata's env_id; `save_demonstrations` writes one.
+The file (compressed, never pickled) holds observations (M, |S|), actions (M, |A|) in the environment's units
+and rewards (M,) in float32, terminations and truncations (M,) in bool, and metadata, a JSON text. The rewards
+are those of an evaluation: the task's own, dense in MuJoCo. A file of your own needs only observations,
+actions and the metadata's env_id; `save_demonstrations` writes it.
 """
 
 import json
 import os
-import sys
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
-import tyro
+
+from evaluate import InputError, command_line, load_policy, rollout
+
+KINDS = {"observations": np.float32, "actions": np.float32, "rewards": np.float32}
+KINDS |= {"terminations": bool, "truncations": bool}
 
 
 @dataclass
 class Args:
-    policy: Path  # a policy.pt, or one of policies/, of a run of any of the scripts
+    policy: Path  # a policy.pt, or one of policies/, of a run of any script
     out: Path  # the .npz file to write
-    pairs: int = 4_000  # whole episodes are added until there are at least so many pairs
-    explore: bool = False  # act as in training: noise of std 0.1 (DDPG, TD3) or a sample (SAC)
-    seed: int = 0  # of the episodes and the exploration
+    pairs: int = 4_000  # whole episodes are added until there are at least this many pairs
+    explore: bool = False  # act as in training: with noise (DDPG, TD3), or a sample (SAC)
+    seed: int = 0  # seed of the episodes and the exploration
+    script: Path | None = None  # the script that wrote the policy; None: found by its name
 
-
-def load_policy(path: Path):
-    """The actor in a policy file, its algorithm's module (baselines.td3, ...), the file's other entries."""
-    try:
-        about = torch.load(path, weights_only=True, map_location="cpu")
-        algorithm = about["script"].removeprefix("gild_").removesuffix("_il")
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError):
-        raise ValueError(f"{path} is no policy file of this project") from None
-    module = import_module(f"baselines.{algorithm}")
-    env = module.make_env(module.Args(env_id=about["env_id"]), training=False)
-    actor = module.Actor(env.observation_space.shape[0], env.action_space)
-    actor.load_state_dict(about.pop("actor"))
-    return actor, module, {**about, "algorithm": algorithm}
-
-
-def rollout(actor, module, env_id: str, pairs: int, explore: bool, seed: int, episodes: int = 1):
-    """Whole episodes, at least `episodes`, of at least `pairs` steps together.
-
-    Returns the file's five arrays by name, and each episode's dense and sparse return, (episodes, 2).
-    """
-    env = module.make_env(module.Args(env_id=env_id), training=False)
-    threshold = module.SPARSE_THRESHOLDS.get(module.task_name(env_id), -np.inf)
-    low, high = env.action_space.low, env.action_space.high
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    steps, returns = [], []
-    while len(steps) < pairs or len(returns) < episodes:
-        obs, _ = env.reset(seed=seed + len(returns))
-        ended, total = False, np.zeros(2)
-        while not ended:
-            if explore and module.__name__.endswith("sac"):
-                action = module.act(actor, obs, explore=True)
-            else:
-                noise = rng.normal(0, 0.1 * (high - low) / 2) if explore else 0.0
-                action = np.float32((module.act(actor, obs) + noise).clip(low, high))
-            next_obs, reward, terminated, truncated, info = env.step(action)
-            steps.append((obs, action, reward, terminated, truncated))
-            total += reward, reward if info.get("x_position", 0.0) > threshold else 0.0
-            obs, ended = next_obs, terminated or truncated
-        returns.append(total)
-    kinds = {"observations": np.float32, "actions": np.float32, "rewards": np.float32}
-    kinds |= {"terminations": bool, "truncations": bool}
-    columns = zip(kinds.items(), zip(*steps, strict=True), strict=True)
-    return {name: np.array(column, kind) for (name, kind), column in columns}, np.array(returns)
+    def __post_init__(self):
+        if self.pairs < 1:
+            raise ValueError(f"--pairs {self.pairs} is less than 1")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} is negative")
+        if self.out.suffix != ".npz":
+            raise ValueError(f"--out {self.out} does not end in .npz")
 
 
 def save_demonstrations(path: Path, env_id: str, observations, actions, **more):
     """Writes a demonstration file, atomically; `more` has further arrays, and more metadata as a dict."""
-    metadata = {"env_id": env_id, **more.pop("metadata", {})}
+    metadata = json.dumps({"env_id": env_id, **more.pop("metadata", {})})
     arrays = {"observations": np.float32(observations), "actions": np.float32(actions), **more}
-    temporary = Path(path).with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays, metadata=np.array(metadata))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
-def collect(policy: Path, out: Path, pairs: int, explore: bool, seed: int) -> dict:
+def collect(
+    policy: Path, out: Path, pairs: int, explore: bool = False, seed: int = 0, script: Path | None = None
+) -> dict:
     """Writes a saved policy's episodes as a demonstration file. Returns its metadata and `pairs`."""
-    actor, module, about = load_policy(policy)
-    data, returns = rollout(actor, module, about["env_id"], pairs, explore, seed)
-    about |= {"explore": explore, "episodes": len(returns)}
-    for name, column in zip(("return", "sparse_return"), returns.T, strict=True):
-        about |= {f"{name}_mean": float(column.mean()), f"{name}_std": float(column.std())}
-    about["versions"] = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
-    save_demonstrations(out, about["env_id"], **data, metadata=about)
-    return {**about, "pairs": len(data["rewards"])}
+    actor, module, args, global_step = load_policy(policy, script)
+    if not out.parent.is_dir():  # better fails now
+        raise InputError(f"{out} could not be written: there is no folder {out.parent}")
+    episodes = []
+    with closing(module.make_env(args, training=False)) as env:
+        box = env.get_wrapper_attr("box")
+        for episode in rollout(actor, module, args, env, seed, explore):
+            episodes.append(episode)
+            if sum(len(episode["rewards"]) for episode in episodes) >= pairs:
+                break
+    columns = {name: np.concatenate([episode[name] for episode in episodes]) for name in KINDS}
+    low, high = np.float64(box.low), np.float64(box.high)
+    columns["actions"] = ((high + low) / 2 + columns["actions"] * (high - low) / 2).clip(low, high)
+    script_name = module.__name__
+    algorithm = script_name.split(".")[-1].removeprefix("gild_").removesuffix("_il")
+    metadata = {"algorithm": algorithm, "script": script_name, "seed": args.seed, "global_step": global_step}
+    metadata |= {"explore": explore, "episodes": len(episodes)}
+    for name, rewards in (("return", "rewards"), ("sparse_return", "sparse_rewards")):
+        returns = [episode[rewards].sum() for episode in episodes]
+        metadata |= {f"{name}_mean": float(np.mean(returns)), f"{name}_std": float(np.std(returns))}
+    metadata["versions"] = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
+    arrays = {name: column.astype(KINDS[name]) for name, column in columns.items()}
+    save_demonstrations(out, args.env_id, **arrays, metadata=metadata)
+    return {**metadata, "pairs": len(arrays["rewards"])}
 
 
 def main(args: Args):
-    about = collect(args.policy, args.out, args.pairs, args.explore, args.seed)
+    about = collect(args.policy, args.out, args.pairs, args.explore, args.seed, args.script)
     print(f"{args.out}: {about['pairs']} pairs, {about['episodes']} episodes, ", end="")
     print(f"return {about['return_mean']:.1f} ± {about['return_std']:.1f}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (OSError, ValueError) as error:
-        print(f"demos.collect: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line(main, Args)

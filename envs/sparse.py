@@ -1,8 +1,15 @@
-"""Sparse rewards for the MuJoCo tasks: nothing until the agent has moved a certain distance forward."""
+"""Sparse rewards for the MuJoCo tasks: nothing until the agent has moved a certain distance forward.
+
+`SPARSE_THRESHOLDS`, `InputError` and `SparseReward` are baselines/common.py's, to the letter.
+"""
 
 import gymnasium as gym
 
 SPARSE_THRESHOLDS = {"Hopper": 1.0, "Walker2d": 1.0, "HalfCheetah": 2.0, "Ant": 1.0}  # metres along +x
+
+
+class InputError(ValueError):
+    """A user's mistake, reported in one line."""
 
 
 class SparseReward(gym.Wrapper):
@@ -15,6 +22,8 @@ class SparseReward(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
+        if "x_position" not in info:
+            raise InputError("--sparse-threshold needs a task whose info has x_position")
         ahead = info["x_position"] - self.x_init > self.threshold
         return obs, reward if ahead else 0.0, terminated, truncated, info
 

@@ -1,3 +1,8 @@
+import contextlib
+import io
+import json
+import signal
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -30,14 +35,15 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)
 
 
 def short_run(script, **changes):
-    """150 iterations on Point2D with small batches. Returns the actor's weights and the evaluations."""
-    settings = dict(env_id="Point2D-v0", total_timesteps=350, learning_starts=200, batch_size=32)
-    settings |= dict(eval_frequency=150, eval_episodes=2, cuda=False, buffer_size=1_000)
+    """60 iterations on Point2D with small batches. Returns the actor's weights and the evaluations."""
+    settings = dict(env_id="Point2D-v0", total_timesteps=260, learning_starts=200, batch_size=32)
+    settings |= dict(eval_frequency=130, eval_episodes=2, cuda=False, buffer_size=1_000)
     if hasattr(script.Args, "gild_init"):
         settings["gild_init"] = "random"  # no seconds spent on the regression
     run_dir = script.train(script.Args(**(settings | changes)))
@@ -45,15 +51,36 @@ def short_run(script, **changes):
     return weights, (run_dir / "evaluations.csv").read_text()
 
 
+def call(script, *flags):
+    """Runs a script's `main` in this process, as its command line would.
+
+    Returns the exit code, standard output and standard error.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
+    sys.argv = [f"{script.__name__}.py", *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            script.main(script.train, script.Args)
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+        script.received_signals.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code, out.getvalue(), err.getvalue()
+
+
 def same(a: dict, b: dict) -> bool:
-    """Whether two dicts of tensors are equal to the bit."""
+    """Whether two dicts of tensors are equal, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def write_demonstrations(path, env_id="Point2D-v0", obs_dim=2, action_dim=2, pairs=64):
-    from demos.collect import save_demonstrations
-
     rng = np.random.default_rng(0)
-    actions = rng.uniform(-1, 1, (pairs, action_dim))
-    save_demonstrations(path, env_id, rng.normal(size=(pairs, obs_dim)), actions)
+    actions = rng.uniform(-1, 1, (pairs, action_dim)).astype(np.float32)
+    observations = rng.normal(size=(pairs, obs_dim)).astype(np.float32)
+    metadata = np.array(json.dumps({"env_id": env_id}))
+    np.savez(path, observations=observations, actions=actions, metadata=metadata)
     return path

@@ -1,11 +1,10 @@
-"""demos.convert: every format comes through whole; what is hostile or unfit is refused in a line."""
+"""demos.convert: every format comes through whole; what is hostile or does not fit is refused in one line."""
 
 import json
 import os
 import pickle
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -13,9 +12,11 @@ import minari
 import numpy as np
 import pytest
 
+from demos import convert
 from demos.collect import save_demonstrations
-from demos.convert import Args, main
 from tests.conftest import ROOT, write_demonstrations
+from tests.test_evaluate import call
+from tests.test_evaluate import refusal as refused_command
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (50, 4))  # of Point2D: |S| = |A| = 2
 
@@ -35,23 +36,25 @@ def load(path):
         )
 
 
-def convert(source, env_id=None):
-    main(Args(str(source), out=Path("out.npz"), env_id=env_id))
+def flags(source, **options):
+    """A command's arguments; an option that is None is left out."""
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in options.items() if value is not None]
+    return str(source), *(part for option in given for part in option)
+
+
+def converted(source, env_id=None):
+    code, out, err = call(convert, *flags(source, out="out.npz", env_id=env_id))
+    assert code == 0 and out.startswith("out.npz: ") and err == "", err
     return load("out.npz")
 
 
-def refusal(source, env_id="Point2D-v0", **changes):
+def refusal(source, env_id="Point2D-v0", out="out.npz", to_minari=None):
     """The line that a conversion ends with; it leaves no file behind."""
-    before = sorted(Path().rglob("*"))
-    with pytest.raises((ValueError, OSError, gym.error.Error)) as refused:
-        main(Args(str(source), **{"out": Path("out.npz"), "env_id": env_id, **changes}))
-    assert sorted(Path().rglob("*")) == before
-    assert len(str(refused.value).splitlines()) == 1
-    return str(refused.value)
+    return refused_command(convert, *flags(source, env_id=env_id, out=out, to_minari=to_minari))
 
 
 def assert_rows(path, rows=ROWS):
-    data, metadata = convert(path, "Point2D-v0")
+    data, metadata = converted(path, "Point2D-v0")
     assert np.array_equal(np.hstack([data["observations"], data["actions"]]), np.float32(rows))
     assert metadata == {"env_id": "Point2D-v0", "source": Path(path).name}
 
@@ -71,6 +74,22 @@ def test_csv(first):
     lines = "\n".join(",".join(map(repr, row)) for row in ROWS.tolist())
     Path("rows.csv").write_text(first + lines, encoding="utf-8")
     assert_rows("rows.csv")
+
+
+@pytest.mark.parametrize("header", ["0,1,2,3\n", '"0","1","2","3"\r\n', "0, 1, 2, 3\n"])
+def test_a_csv_with_the_header_of_pandas(header):
+    """DataFrame(rows).to_csv(path, index=False) numbers the columns; they are not the first pair."""
+    Path("rows.csv").write_text(header + "\n".join(",".join(map(repr, row)) for row in ROWS.tolist()))
+    assert_rows("rows.csv")
+
+
+def test_a_csv_with_an_index():
+    lines = [",".join(map(str, [i, *row])) for i, row in enumerate(ROWS.tolist())]
+    for header in (",0,1,2,3", ",x,y,a,b", '"",x,y,a,b'):
+        Path("rows.csv").write_text("\n".join([header, *lines]))
+        assert "to_csv(index=False)" in refusal("rows.csv")
+    Path("rows.csv").write_text("\n".join(["0,1,2,3,4", *lines]))
+    assert "are 2 + 2 wide" in refusal("rows.csv")
 
 
 @pytest.mark.parametrize("kind", ["<f8", ">f4", "i2"])
@@ -103,7 +122,7 @@ def test_a_pickle_of_python_2():
     content = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\nt%stR(I1\n(I50\nI4\nt"
     content += b"cnumpy\ndtype\n(%sI0\nI1\ntR(I3\n%sNNNI-1\nI-1\nI0\ntbI00\n%stb."
     Path("rows").mkdir()
-    Path("rows/Hopper.demo").write_bytes(content % text)  # a suffix of no meaning
+    Path("rows/Hopper.demo").write_bytes(content % text)  # a suffix without a meaning
     assert_rows("rows/Hopper.demo")
 
 
@@ -166,7 +185,7 @@ HOSTILE = {
 def test_hostile_pickles(kind):
     Path("rows.pkl").write_bytes(HOSTILE[kind])
     np.save("x.npy", np.array([Tripwire(eval, OPEN)]), allow_pickle=True)
-    assert refusal("rows.pkl").startswith("rows.pkl is no array of numbers")  # and has left no file `tripped`
+    assert "rows.pkl is not an array of numbers" in refusal("rows.pkl")  # and has left no file `tripped`
 
 
 def test_the_hostile_pickles_bite():
@@ -181,14 +200,15 @@ UNFIT = {
     "flat": (np.zeros(4), "are 2 + 2 wide"),
     "a cube": (np.zeros((5, 4, 4)), "are 2 + 2 wide"),
     "no pairs": (np.zeros((0, 4)), "(0, 2)"),
-    "nan": (spoiled(0, np.nan), "not finite"),
-    "infinite": (spoiled(1, np.inf), "not finite"),
-    "nan action": (spoiled(3, np.nan), "outside of the box"),
-    "infinite in float32": (spoiled(1, 1e39), "not finite"),
-    "outside": (spoiled(3, 1.00001), "outside of the box"),
-    "objects": (np.array([[Tripwire(eval, OPEN)] * 4]), "is no array of numbers"),
-    "text": (np.full((5, 4), "left"), "is no array of numbers"),
-    "records": (np.zeros(5, "f8,f8"), "is no array of numbers"),
+    "nan": (spoiled(0, np.nan), "rows.npy: pair 3 is not finite"),
+    "infinite": (spoiled(1, np.inf), "rows.npy: pair 3 is not finite"),
+    "nan action": (spoiled(3, np.nan), "rows.npy: pair 3 is not finite"),
+    "infinite in float32": (spoiled(1, 1e39), "rows.npy: pair 3 is not finite"),
+    "outside": (spoiled(3, 1.25), "rows.npy: pair 3 is 0.25 outside of Box("),
+    "just outside": (spoiled(3, -1.00001), "rows.npy: pair 3 is 1e-05 outside of Box("),
+    "objects": (np.array([[Tripwire(eval, OPEN)] * 4]), "is not an array of numbers"),
+    "text": (np.full((5, 4), "left"), "is not an array of numbers"),
+    "records": (np.zeros(5, "f8,f8"), "is not an array of numbers"),
 }
 
 
@@ -196,7 +216,52 @@ UNFIT = {
 def test_unfit_rows(kind):
     rows, words = UNFIT[kind]
     np.save("rows.npy", rows, allow_pickle=True)
-    assert words in (line := refusal("rows.npy")) and line.startswith("rows.npy")
+    assert words in (line := refusal("rows.npy")) and line.startswith("convert.py: rows.npy")
+
+
+def test_other_formats_are_refused_by_name():
+    """With the formats that are read."""
+    Path("rows.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    Path("rows.H5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    for name in ("rows.hdf5", "rows.H5"):
+        assert "is an HDF5 file" in (line := refusal(name)) and ".npz, .csv, .npy and pickles of" in line
+    for content, words in (({"observations": ROWS}, "a dict"), ([[1.0, 2.0, 0.0, 0.0]], "a list")):
+        Path("rows.pkl").write_bytes(pickle.dumps(content))
+        assert f"it holds {words}, not an array" in (line := refusal("rows.pkl")) and "formats read:" in line
+    Path("rows.txt").write_text("1 2 0 0\n")
+    assert "formats read:" in refusal("rows.txt")
+
+
+# .npz
+
+
+def test_an_npz_without_metadata():
+    """The trainer refuses it; --env-id adds what it lacks."""
+    obs, actions, ends = ROWS[:, :2], ROWS[:, 2:], np.arange(50) % 10 == 9
+    np.savez("mine.npz", observations=obs, actions=actions, truncations=ends, extra=np.zeros(3))
+    assert "--env-id" in refusal("mine.npz", env_id=None)
+    assert "--env-id" in refusal("mine.npz", env_id=None, out=None, to_minari="me/there-v0")
+    assert "arrays of (50, 2)" in refusal("mine.npz", env_id="Hopper-v4")
+    data, metadata = converted("mine.npz", "Point2D-v0")
+    assert metadata == {"env_id": "Point2D-v0", "source": "mine.npz"}
+    assert data.keys() == {"observations", "actions", "truncations"}
+    assert np.array_equal(data["observations"], np.float32(obs)) and data["actions"].dtype == np.float32
+    assert np.array_equal(data["actions"], np.float32(actions)) and np.array_equal(data["truncations"], ends)
+    np.savez("mine.npz", observations=obs, actions=actions, metadata=np.array(json.dumps({"author": "me"})))
+    assert converted("mine.npz", "Point2D-v0")[1]["author"] == "me"
+    np.savez("mine.npz", obs=obs, acts=actions)
+    assert "its arrays are ['obs', 'acts']" in refusal("mine.npz")
+    np.savez("mine.npz", observations=obs, actions=actions * 2)
+    assert "mine.npz: pair " in refusal("mine.npz")
+    np.savez("mine.npz", observations=np.array([Tripwire(eval, OPEN)]), actions=actions)
+    assert "no demonstrations in mine.npz" in refusal("mine.npz")
+
+
+def test_an_npz_with_metadata():
+    write_demonstrations("kept.npz")
+    for env_id in (None, "Point2D-v0"):
+        assert "kept.npz need not be converted; --to-minari" in refusal("kept.npz", env_id)
+    assert "has demonstrations of Point2D, not of Hopper" in refusal("kept.npz", "Hopper-v4")
 
 
 def test_actions_a_hair_outside_are_kept():
@@ -216,26 +281,28 @@ def test_bad_csv(content):
 
 def test_arguments_that_do_not_fit():
     np.save("rows.npy", ROWS)
-    write_demonstrations("kept.npz")
     assert "--env-id" in refusal("rows.npy", env_id=None)
     assert "CartPole" in refusal("rows.npy", env_id="CartPole-v1")
-    assert "none" in refusal("rows.npy", out=Path("none/out.npz"))
-    assert "--out" in refusal("rows.npy", out=None)
-    assert "--out" in refusal("rows.npy", to_minari="me/there-v0")
+    assert "Point3D" in refusal("rows.npy", env_id="Point3D-v0")
+    assert "11 + 3" in refusal("rows.npy", env_id="Hopper-v4")
+    assert "missing.pkl could not be read" in refusal("missing.pkl")
+    assert "there is no folder none" in refusal("rows.npy", out="none/out.npz")
     assert "rows.npy" in refusal("rows.npy", env_id=None, out=None, to_minari="me/there-v0")
-    assert "--to-minari" in refusal("kept.npz")
-    assert "minari download" in refusal("nowhere")
+    assert "minari download nowhere" in refusal("nowhere")
     assert "minari download" in refusal(Path.cwd())
     Path("out.npz").mkdir()
-    assert "out.npz" in refusal("rows.npy")
+    assert "out.npz could not be written" in refusal("rows.npy")
+    for more in ("", "--out a.npz --to-minari me/there-v0"):
+        assert "one of --out" in refused_command(convert, "rows.npy", *more.split(), box=True)
+    assert "does not end in .npz" in refused_command(convert, "rows.npy", "--out", "a.pkl", box=True)
 
 
 # MINARI
 
 
-def record(dataset_id, env_id="envs:Point2D-v0", lengths=(100, 30)):
+def record(dataset_id, env_id="envs:Point2D-v0", lengths=(100, 30), wrapped=lambda env: env):
     """A dataset as Minari makes it (its collector would need JAX); the second episode is cut short."""
-    env = gym.make(env_id)
+    env = wrapped(gym.make(env_id))
     env.action_space.seed(0)
     buffers, steps = [], []
     for seed, length in enumerate(lengths):
@@ -263,7 +330,7 @@ def test_a_recorded_dataset(datasets, env_id):
     if env_id == "Hopper-v5":
         truncations[8] = True
     for source in ("me/walks/test-v3", datasets / "me/walks/test-v3", datasets / "me/walks/test-v3/data"):
-        data, metadata = convert(source)
+        data, metadata = converted(source)
         for name, expected in (("observations", obs), ("actions", actions), ("rewards", rewards)):
             assert np.array_equal(data[name], expected.astype(np.float32)) and data[name].dtype == np.float32
         assert np.array_equal(data["terminations"], terminations)
@@ -275,18 +342,58 @@ def test_a_recorded_dataset(datasets, env_id):
         assert metadata["return_std"] == pytest.approx(returns.std(), rel=1e-4, abs=1e-6)
 
 
+FOREIGN = {  # wrappers, and words of the refusal
+    "half the actions": (
+        lambda env: gym.wrappers.RescaleAction(env, -0.5, 0.5),
+        "actions were recorded in Box(-0.5",
+    ),
+    "another scale of observations": (
+        lambda env: gym.wrappers.NormalizeObservation(env),
+        "recorded through ['NormalizeObservation'], but Hopper-v5 has the wrappers []",
+    ),
+    "the time as an observation": (gym.wrappers.TimeAwareObservation, "observations were recorded in Box("),
+    "a sticky action": (
+        lambda env: gym.wrappers.StickyAction(gym.wrappers.RecordEpisodeStatistics(env), 0.5),
+        "recorded through ['StickyAction'], but Hopper-v5 has the wrappers []",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_dataset_recorded_through_a_wrapper(kind):
+    """Its steps are not the environment's: half the actions, say, would load as if they were whole."""
+    wrapped, words = FOREIGN[kind]
+    record("me/foreign-v0", "Hopper-v5", (5, 5), wrapped)
+    for env_id in (None, "Hopper-v5"):
+        assert words in refusal("me/foreign-v0", env_id)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrappers_that_change_no_step(datasets):
+    record("me/good-v0", "Hopper-v5", (5, 5), gym.wrappers.RecordEpisodeStatistics)
+    assert len(converted("me/good-v0")[0]["actions"]) == 10
+    path = datasets / "me/good-v0/data/metadata.json"
+    metadata = json.loads(path.read_text())
+    assert "RecordEpisodeStatistics" in metadata.pop("env_spec")
+    path.write_text(json.dumps(metadata))
+    assert converted("me/good-v0", "Hopper-v4")[1]["env_id"] == "Hopper-v4"
+
+
 @pytest.mark.parametrize("task", ["Hopper-td3", "Point2D-ddpg"])
 def test_to_minari_and_back(datasets, task):
     shipped = ROOT / "demos" / f"{task}.npz"
-    main(Args(str(shipped), to_minari="me/there-v0"))
+    assert call(convert, *flags(shipped, to_minari="me/there-v0"))[0] == 0
     expected, about = load(shipped)
-    data, metadata = convert("me/there-v0")
+    data, metadata = converted("me/there-v0")
     assert data.keys() == expected.keys()
     for name, column in expected.items():
         assert data[name].dtype == column.dtype and data[name].tobytes() == column.tobytes()
     assert {name: metadata[name] for name in ("env_id", "episodes")} == {
         name: about[name] for name in ("env_id", "episodes")
     }
+    metadata = json.loads((datasets / "me/there-v0/data/metadata.json").read_text())
+    assert json.loads(metadata["env_spec"])["additional_wrappers"] == []
     dataset = minari.load_dataset("me/there-v0")
     assert dataset.total_episodes == about["episodes"] and dataset.total_steps == len(expected["actions"])
     for episode in dataset:
@@ -304,17 +411,15 @@ def test_a_dataset_is_whole_or_not_there(datasets, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(minari.dataset._storages.hdf5_storage.HDF5Storage, "update_episodes", full)
-    arguments = Args(str(ROOT / "demos" / "Point2D-td3.npz"), to_minari="me/there-v0")
-    with pytest.raises(OSError, match="no space"):
-        main(arguments)
-    assert list(datasets.rglob("*")) == []
-    monkeypatch.undo()
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(datasets))
-    main(arguments)
+    arguments = dict(out=None, env_id=None, to_minari="me/there-v0")
+    shipped = ROOT / "demos" / "Point2D-td3.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(minari.dataset._storages.hdf5_storage.HDF5Storage, "update_episodes", full)
+        assert "no space left" in refusal(shipped, **arguments) and list(datasets.rglob("*")) == []
+    assert call(convert, *flags(shipped, **arguments))[0] == 0
 
 
-def test_demonstrations_that_are_no_whole_episodes():
+def test_demonstrations_that_are_not_whole_episodes():
     minari_id = dict(env_id=None, out=None, to_minari="me/there-v0")
     write_demonstrations("pairs.npz")
     assert "rewards" in refusal("pairs.npz", **minari_id)
@@ -327,7 +432,7 @@ def test_demonstrations_that_are_no_whole_episodes():
         save_demonstrations("bad.npz", "Point2D-v0", pairs, pairs, **flags, rewards=mistake)
         assert "bad.npz" in refusal("bad.npz", **minari_id)
     for mistake in ("there", "me/there", "../there-v0", "/there-v0", ""):
-        assert "no id" in refusal("cut.npz", **{**minari_id, "to_minari": mistake})
+        assert "is not the id of a dataset" in refusal("cut.npz", **{**minari_id, "to_minari": mistake})
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -360,7 +465,7 @@ def test_datasets_that_are_refused(datasets):
     refused(env_spec=json.dumps(spec), observation_space=None, action_space=None)
     refused(env_spec=json.dumps(spec | {"id": "no_such_module:Env-v0"}))
     # what does not fit the environment
-    assert "(130, 11)" in refusal("me/good-v0", env_id="Hopper-v5")
+    assert "observations were recorded in Box(-inf, inf, (2,)" in refusal("me/good-v0", env_id="Hopper-v5")
     steps = {"observations": np.zeros((3, 2)), "rewards": np.zeros(2), "truncations": np.array([False, True])}
     steps["terminations"] = np.zeros(2, bool)
     for number, changes in enumerate(
@@ -382,42 +487,27 @@ def test_datasets_that_are_refused(datasets):
 
 def test_without_minari(monkeypatch):
     for package in ("minari", "h5py"):
-        monkeypatch.setitem(sys.modules, package, None)
-        assert 'pip install "minari[hdf5]"' in refusal("me/there-v0")
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            assert 'pip install "minari[hdf5]"' in refusal("me/there-v0")
 
 
 # THE COMMAND LINE
 
-COMMANDS = {  # and words that the line must have
-    "good.npy --out kept.npz --env-id Hopper-v4": "11 + 3",
-    "good.npy --out kept.npz --env-id Point3D-v0": "Point3D",
-    "missing.pkl --out kept.npz --env-id Point2D-v0": "missing.pkl",
-    "outside.npy --out kept.npz --env-id Point2D-v0": "outside of the box",
-    "overflow.npy --out kept.npz --env-id Point2D-v0": "not finite",
-    "hostile.pkl --out kept.npz --env-id Point2D-v0": "system",
-    "mujoco/hopper/expert-v0 --out kept.npz": "minari download mujoco/hopper/expert-v0",
-}
 
-
-def test_every_mistake_gets_one_line(tmp_path, datasets):
+def test_a_mistake_keeps_the_file_that_is_there(tmp_path):
+    """What is refused leaves every file as it was; what is not, in a process of its own, replaces one."""
     np.save("good.npy", ROWS)
     np.save("outside.npy", spoiled(2, 1.1))
-    np.save("overflow.npy", ROWS * 1e39)
     Path("hostile.pkl").write_bytes(HOSTILE["os.system"])
     write_demonstrations("kept.npz")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-    def attempt(flags):
-        command = [sys.executable, "-m", "demos.convert", *flags.split()]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for flags, done in zip(COMMANDS, pool.map(attempt, COMMANDS), strict=True):
-            assert done.returncode == 2 and done.stdout == "", (flags, done)
-            assert len(done.stderr.splitlines()) == 1 and COMMANDS[flags] in done.stderr, (flags, done)
+    assert "outside of Box" in refusal("outside.npy", out="kept.npz")
+    assert "system" in refusal("hostile.pkl", out="kept.npz")
+    assert "minari download mujoco/hopper/expert-v0" in refusal("mujoco/hopper/expert-v0", out="kept.npz")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    done = attempt("good.npy --out kept.npz --env-id Point2D-v0")
+    command = [sys.executable, "-m", "demos.convert", *flags("good.npy", out="kept.npz", env_id="Point2D-v0")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "" and "50 pairs" in done.stdout
     assert np.array_equal(load("kept.npz")[0]["actions"], np.float32(ROWS[:, 2:]))

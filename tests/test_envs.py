@@ -1,22 +1,21 @@
-"""The environments: rewards by hand, Gymnasium's checker, and the scripts' own copies of the wrapper."""
-
-import warnings
+"""The environments: rewards by hand, Gymnasium's checker, and the wrappers of the scripts."""
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import envs
-import gild_td3
+from baselines.common import InputError, SparseReward, make_env
+from baselines.td3 import Args
 from envs.point2d import Point2D
 from envs.sparse import SPARSE_THRESHOLDS
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is out of date")  # Gymnasium's notice on every -v4 task
 TASKS = {"Hopper-v4": (11, 1.0), "Walker2d-v4": (17, 1.0), "HalfCheetah-v4": (17, 2.0), "Ant-v4": (111, 1.0)}
 
 
 def pushed(env, x):
-    """A reset environment whose body stands at x, moving forward at 1 m/s."""
+    """Resets an environment and puts its body at x, moving forward at 1 m/s."""
     env.reset(seed=0)
     data = env.unwrapped
     qpos, qvel = data.data.qpos.copy(), data.data.qvel.copy()
@@ -25,11 +24,10 @@ def pushed(env, x):
 
 
 @pytest.mark.parametrize("env_id", TASKS)
-def test_sparse_rewards_by_hand(gild_script, env_id):
+def test_sparse_rewards_by_hand(env_id):
     obs_dim, threshold = TASKS[env_id]
-    args = gild_script.Args(env_id=env_id)
-    sparse = gild_script.make_env(args, training=True)
-    dense = gild_script.make_env(args, training=False)
+    args = Args(env_id=env_id)
+    sparse, dense = make_env(args, training=True), make_env(args, training=False)
     assert sparse.observation_space.shape == (obs_dim,)
     action = np.full(sparse.action_space.shape, 0.1, np.float32)
     seen = set()
@@ -47,19 +45,16 @@ def test_sparse_rewards_by_hand(gild_script, env_id):
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5", "Ant-v4"])
-def test_registered_ids_are_the_scripts_environments(gild_script, env_id):
-    """envs:SparseHopper-v4 and the in-file wrapper give the same observations and rewards."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
-        registered = gym.make(f"envs:Sparse{env_id}")
-    own = gild_script.make_env(gild_script.Args(env_id=env_id), training=True)
+def test_registered_ids_are_the_scripts_environments(env_id):
+    """envs:SparseHopper-v4 and the scripts' own wrapper give the same observations and rewards."""
+    registered, own = gym.make(f"envs:Sparse{env_id}"), make_env(Args(env_id=env_id), training=True)
     rewarded = 0
     for x in (0.0, 3.0):
         pushed(registered, x), pushed(own, x)
         for _ in range(5):
             action = np.zeros(own.action_space.shape, np.float32)
             a, b = registered.step(action), own.step(action)
-            assert np.array_equal(a[0], b[0]) and a[1:4] == b[1:4]
+            assert np.array_equal(np.float32(a[0]), b[0]) and a[1:4] == b[1:4]
             rewarded += a[1] != 0
     assert rewarded == 5
 
@@ -67,27 +62,116 @@ def test_registered_ids_are_the_scripts_environments(gild_script, env_id):
 def test_every_sparse_id_is_registered():
     for task in SPARSE_THRESHOLDS:
         assert {f"Sparse{task}-v4", f"Sparse{task}-v5"} <= set(gym.registry)
-    assert envs.SPARSE_THRESHOLDS == gild_td3.SPARSE_THRESHOLDS
+    assert {env_id.removesuffix("-v4"): delta for env_id, (_, delta) in TASKS.items()} == SPARSE_THRESHOLDS
 
 
-def test_the_time_limit_stays(gild_script):
-    env = gild_script.make_env(gild_script.Args(env_id="HalfCheetah-v4"), training=True)
+def test_the_threshold_can_be_changed_and_needs_a_position():
+    near, far = (make_env(Args(env_id="Hopper-v4", sparse_threshold=x), training=True) for x in (0.0, 4.0))
+    rewards = []
+    for env in (near, far):
+        pushed(env, 2.0)
+        rewards.append(env.step(np.zeros(3, np.float32))[1])
+    assert rewards[0] > 0 == rewards[1]
+    env = make_env(Args(env_id="Pendulum-v1", sparse_threshold=1.0), training=True)
+    env.reset(seed=0)
+    with pytest.raises(InputError, match="x_position"):
+        env.step(np.zeros(1, np.float32))
+
+
+def test_the_distance_is_measured_from_the_models_own_position():
+    env = gym.make("Hopper-v4")
+    env.unwrapped.init_qpos[0] = 5.0
+    env = SparseReward(env, 1.0)
+    rewards = []
+    for x in (5.5, 6.5):
+        pushed(env, x)
+        rewards.append(env.step(np.zeros(3, np.float32))[1])
+    assert rewards[0] == 0 < rewards[1]
+
+
+def test_the_time_limit_stays(capsys):
+    env = make_env(Args(env_id="HalfCheetah-v4"), training=True)
     env.reset(seed=0)
     ends = [env.step(np.zeros(6, np.float32))[2:4] for _ in range(1_000)]
     assert not any(terminated for terminated, _ in ends)
     assert [truncated for _, truncated in ends] == [False] * 999 + [True]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("dense", "training"), [(False, True), (True, True), (True, False)])
-def test_dense_and_evaluation_rewards(gild_script, dense, training):
+def test_dense_and_evaluation_rewards(dense, training):
     """--dense trains on the task's reward; Point2D's evaluation is its sparse reward."""
-    env = gild_script.make_env(gild_script.Args(env_id="Hopper-v4", dense=dense), training)
+    env = make_env(Args(env_id="Hopper-v4", dense=dense), training)
     env.reset(seed=0)
     assert (env.step(np.zeros(3, np.float32))[1] > 0) == dense
-    env = gild_script.make_env(gild_script.Args(env_id="Point2D-v0", dense=dense), training)
+    env = make_env(Args(env_id="Point2D-v0", dense=dense), training)
     env.reset(seed=0)
     reward = env.step(np.ones(2, np.float32))[1]
     assert reward == (pytest.approx(-np.hypot(0.9, 3**0.5 - 0.1)) if dense and training else 0.0)
+
+
+class Boxed(gym.Env):
+    """Keeps the actions that it is given, and hands out its own arrays."""
+
+    def __init__(self, low, high, dtype=np.float32):
+        self.action_space = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+        self.observation_space = gym.spaces.Box(-9, 9, (2,), np.int64)
+        self.state, self.actions = np.zeros(2, np.int64), []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.state, {}
+
+    def step(self, action):
+        self.actions.append(action)
+        self.state += 1
+        return self.state, np.float32(0.5), False, False, {}
+
+
+gym.register("Boxed-v0", entry_point=Boxed, disable_env_checker=True, kwargs={"low": [-1], "high": [1]})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("low", "high"), [(-0.3, 0.9), (-226.74268, 224.91557), (-1, 1), (0, 1e-3), (5, 6)])
+def test_actions_of_any_box(low, high, dtype, monkeypatch):
+    """Actions in [-1, 1] reach the task in its own box and type, never outside by a rounding."""
+    box = {"low": [low, -1], "high": [high, 1], "dtype": dtype}
+    monkeypatch.setattr(gym.registry["Boxed-v0"], "kwargs", box)
+    env = make_env(Args(env_id="Boxed-v0"), training=True)
+    assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    env.reset(seed=0)
+    rows = np.linspace(-1, 1, 201, dtype=np.float32)
+    for row in (*rows, np.float32(-1.5), np.float32(1.5)):
+        action = np.array([row, -row])
+        before = action.copy()
+        env.step(action)
+        assert np.array_equal(action, before)
+    actions, box = np.array(env.unwrapped.actions), env.unwrapped.action_space
+    assert actions.dtype == dtype and all(action in box for action in actions)
+    first, last = actions[:, 0][[0, 200]]
+    assert (first, last) == pytest.approx((box.low[0], box.high[0]), rel=1e-6, abs=1e-9)
+    expected = low + (rows.astype(np.float64) + 1) / 2 * (np.float64(high) - low)
+    np.testing.assert_allclose(actions[:201, 0], expected, atol=1e-6 * max(abs(low), abs(high)))
+    assert np.array_equal(actions[-2:], [[box.low[0], 1], [box.high[0], -1]])
+
+
+def test_observations_and_rewards_are_the_runs_own():
+    env = make_env(Args(env_id="Boxed-v0"), training=True)
+    first, _ = env.reset(seed=0)
+    second, reward, *_ = env.step(np.zeros(1, np.float32))
+    assert first.tolist() == [0, 0] and second.tolist() == [1, 1]  # the task overwrites its own array
+    assert first.dtype == second.dtype == np.float32 and type(reward) is float
+    second[:] = 7
+    assert env.unwrapped.state.tolist() == [1, 1]
+
+
+def test_a_task_without_a_time_limit_gets_one(capsys):
+    env = make_env(Args(env_id="Boxed-v0"), training=True)
+    make_env(Args(env_id="Boxed-v0"), training=False)
+    assert capsys.readouterr().err == "Boxed-v0 has no time limit: episodes end after 1,000 steps\n"
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(1, np.float32))[2:4] for _ in range(1_000)]
+    assert ends == [(False, False)] * 999 + [(False, True)]
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")  # a plane has no bounds

@@ -1,188 +1,300 @@
 """A run that is killed, stopped or resumed is, in the end, the run that was not."""
 
+import json
 import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
-from tests.soak import assert_same_run, killed, uninterrupted
+import gild_ddpg
+from tests import soak
+from tests.conftest import ROOT, call, same
+from tests.soak import assert_same_run, equal
 
-FLAGS = """--env-id Point2D-v0 --total-timesteps 700 --learning-starts 200 --batch-size 32 --no-cuda
---eval-frequency 100 --eval-episodes 1 --checkpoint-frequency 250 --buffer-size 600"""
-
-
-def run(folder, *flags, script="gild_ddpg.py", code=0):
-    """Runs a script to its end in a folder; returns standard output and standard error."""
-    command = [sys.executable, ROOT / script, *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+# episodes, evaluations, checkpoints, the warm start and the ring's capacity all end at different steps
+FLAGS = """--env-id Point2D-v0 --total-timesteps 450 --learning-starts 200 --batch-size 32 --no-cuda
+--eval-frequency 90 --eval-episodes 1 --checkpoint-frequency 150 --buffer-size 330"""
+GILD = f"{FLAGS} --gild-init random --ws-frac 0.2"
 
 
-def gild_flags(**changes):
-    values = {"gild-init": "random", "ws-frac": "0.4", **changes}
-    return FLAGS.split() + [word for name, value in values.items() for word in (f"--{name}", value)]
+def run_dir():
+    (only,) = Path("runs").resolve().iterdir()
+    return only
+
+
+def state_of(path):
+    return torch.load(path / "checkpoint.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A DDPG+GILD run of 700 steps; its last checkpoint is older than its last evaluations."""
-    folder = tmp_path_factory.mktemp("finished")
-    run(folder, *gild_flags())
-    (run_dir,) = (folder / "runs").iterdir()
-    assert 250 <= torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] < 700
-    return run_dir
+    """A DDPG+GILD run of 450 steps; its last checkpoint is older than its last evaluations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        assert call(gild_ddpg, *GILD.split())[0] == 0
+        assert state_of(run_dir())["global_step"] == 400
+        return run_dir()
 
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "runs" / finished.name)
+    """The same run as if it had been killed after its last checkpoint, in tmp_path."""
+    path = shutil.copytree(finished, tmp_path / "runs" / finished.name)
+    (path / "evaluations.csv").unlink()
+    (path / "policy.pt").unlink()
+    return path
+
+
+def interrupted(script, monkeypatch, step, how, flags):
+    """A run in which `how` is called at an evaluation. Returns what `call` returns."""
+    original = script.save_evaluation
+
+    def save_evaluation(run_dir, writer, args, global_step, *more):
+        original(run_dir, writer, args, global_step, *more)
+        if global_step == step:
+            how()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_evaluation", save_evaluation)
+        return call(script, *flags.split())
+
+
+class Killed(BaseException):
+    """Ends a run where a kill could have."""
+
+
+def kill():
+    raise Killed
+
+
+# KILLS
 
 
 def test_kills_at_random_moments(algorithm, tmp_path):
-    path, kills = killed(algorithm, tmp_path / "killed", 4, random.Random(algorithm))
-    assert kills >= 2
-    assert_same_run(path, uninterrupted(algorithm, tmp_path / "whole"))
+    flags = soak.FLAGS.replace("1500", "500")
+    whole = soak.uninterrupted(algorithm, tmp_path / "whole", flags)
+    path, kills = soak.killed(algorithm, tmp_path / "killed", 2, random.Random(algorithm), flags)
+    assert kills > 0
+    assert_same_run(path, whole)
 
 
-def test_resuming_repeats_what_came_after_the_checkpoint(finished, copy, tmp_path):
-    with open(copy / "evaluations.csv", "a") as file:
-        file.write("70")  # a row that a kill tore
-    (copy / "policy.pt").unlink()
-    run(tmp_path, "--resume", str(copy))
+def test_what_came_after_the_checkpoint_is_repeated(finished, copy):
+    (copy / "checkpoint.pt.tmp").write_bytes(b"half of a checkpoint")
+    (copy / "evaluations.csv").write_text("global_step,return_mean,return_std\n90,1.0,1.0\n450,7.0,7.0\n999,")
+    assert call(gild_ddpg, "--resume", copy)[0] == 0
     assert_same_run(copy, finished)
-    run(tmp_path, "--resume", str(copy), "--no-save-model")  # logging may change
-    assert_same_run(copy, finished)
+
+
+def test_a_run_killed_before_its_first_episode_ends_starts_again(finished, monkeypatch):
+    """From the checkpoint of step 0, the fit of f included."""
+    fit = partial(gild_ddpg.fit_imitation, iterations=20)
+    monkeypatch.setattr(gild_ddpg, "fit_imitation", fit)
+    flags = GILD.replace("--gild-init random", "--gild-init imitation")
+    with pytest.raises(Killed):
+        interrupted(gild_ddpg, monkeypatch, 90, kill, flags)
+    path = run_dir()
+    assert state_of(path)["global_step"] == 0 and (path / "evaluations.csv").exists()
+    assert call(gild_ddpg, "--resume", path)[0] == 0
+    resumed = path.rename(path.parents[1] / "resumed")
+    assert call(gild_ddpg, *flags.split())[0] == 0
+    assert_same_run(resumed, run_dir())
+    assert not equal(state_of(resumed)["gild"], state_of(finished)["gild"])  # the fit makes a difference
 
 
 def test_more_steps_are_as_if_asked_for_at_once(finished, copy, tmp_path):
-    """The warm start's end is that of the run's own total, 0.4 * 700 = 0.28 * 1000."""
-    run(tmp_path, "--resume", str(copy), "--total-timesteps", "1000")
-    run(tmp_path, *gild_flags(**{"total-timesteps": "1000", "ws-frac": "0.28"}))
-    (other,) = (path for path in (tmp_path / "runs").iterdir() if path != copy)
-    assert_same_run(copy, other)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_a_checkpoint(finished, tmp_path, number, code):
-    command = [sys.executable, ROOT / "gild_ddpg.py", *gild_flags(**{"checkpoint-frequency": "100000"})]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    """The warm start keeps its length: 0.2 * 450 = 0.15 * 600. The longer run can be resumed as well."""
+    assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "600")[0] == 0
+    copy.rename(tmp_path / "longer")
+    shutil.rmtree("runs")
+    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "600", "--ws-frac", "0.15")[0] == 0
+    longer = (tmp_path / "longer" / "evaluations.csv").read_text()
+    assert longer == (run_dir() / "evaluations.csv").read_text()
+    assert same(
+        *(
+            torch.load(path / "policy.pt", weights_only=True)["actor"]
+            for path in (tmp_path / "longer", run_dir())
+        )
     )
-    while not list(tmp_path.glob("runs/*/policy.pt")):
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == code and len(errors.splitlines()) == 1
-    (script, run_dir) = re.search(r"to go on: python (\S+) --resume (\S+)", out).groups()
-    assert torch.load(tmp_path / run_dir / "checkpoint.pt", weights_only=True)["global_step"] < 700
-    run(tmp_path, "--resume", run_dir, script=script)
-    for name in ("evaluations.csv",):
-        assert (tmp_path / run_dir / name).read_bytes() == (finished / name).read_bytes()
-    weights = (torch.load(path / "policy.pt", weights_only=True) for path in (tmp_path / run_dir, finished))
-    a, b = (weight["actor"] for weight in weights)
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("script", ["baselines.td3", "baselines.ddpg_il", "baselines.sac_il"])
-def test_baselines_resume_too(script, tmp_path):
-    """After SIGTERM, by the command that is printed; as modules, from the project's folder."""
-    flags = [*FLAGS.split(), "--total-timesteps", "450", "--seed", "77"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    options = {"cwd": tmp_path, "env": environment, "text": True}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-m", script, *flags], **options, **pipes)
-    while not list(tmp_path.glob("runs/*/policy.pt")):
+# SIGNALS
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("gild_ddpg", signal.SIGINT),
+        ("baselines.td3", signal.SIGTERM),
+        ("baselines.ddpg_il", signal.SIGINT),
+        ("baselines.sac", signal.SIGTERM),
+    ],
+)
+def test_a_signal_leaves_a_checkpoint_at_the_end_of_the_episode(name, number, finished, monkeypatch):
+    script, flags = import_module(name), GILD if name.startswith("gild") else FLAGS
+    command = ["/usr/bin/python", "-O", "-m", name]
+    monkeypatch.setattr(sys, "orig_argv", [*command, *flags.split()])
+    code, out, err = interrupted(script, monkeypatch, 180, lambda: os.kill(os.getpid(), number), flags)
+    path = run_dir()
+    assert code == 128 + number and state_of(path)["global_step"] == 200
+    assert err == "stopping at the end of the episode; once more stops at once\n"
+    resume = ["--resume", str(path), "--total-timesteps", "450"]
+    assert (
+        out.splitlines()[-1]
+        == f"to resume: {shlex.join(['cd', os.getcwd()])} && {shlex.join(command + resume)}"
+    )
+    assert call(script, *resume)[0] == 0
+    resumed = path.rename(path.parents[1] / "resumed")
+    if name != "gild_ddpg":
+        assert call(script, *flags.split())[0] == 0
+        finished = run_dir()
+    assert (resumed / "evaluations.csv").read_bytes() == (finished / "evaluations.csv").read_bytes()
+    assert same(*(torch.load(path / "policy.pt", weights_only=True)["actor"] for path in (resumed, finished)))
+
+
+def wait_for(condition, process):
+    end = time.time() + 300
+    while not condition() and process.poll() is None:
+        assert time.time() < end
         time.sleep(0.02)
-    process.terminate()
-    out, _ = process.communicate(timeout=60)
+
+
+def test_the_printed_command_resumes_from_anywhere(tmp_path):
+    """A space in the folder's name, demonstrations named relative to it, and more steps than at first."""
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    shutil.copy(ROOT / "demos" / "Point2D-ddpg.npz", folder / "my demos.npz")
+    os.chdir(folder)
+    flags = [*GILD.split(), "--demo-path", "my demos.npz", "--checkpoint-frequency", "1"]
+    assert call(gild_ddpg, *flags, "--total-timesteps", "200", "--ws-frac", "0.45")[0] == 0
+    path = run_dir()
+    command = [sys.executable, os.path.relpath(ROOT / "gild_ddpg.py"), "--resume", f"runs/{path.name}"]
+    command += ["--total-timesteps", "100000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, **pipes)
+    wait_for(lambda: (path / "evaluations.csv").read_text().count("\n") > 4, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 143
-    (words,) = re.findall(r"to go on: python (-m \S+ --resume \S+)", out)
-    resumed = subprocess.run([sys.executable, *words.split()], **options, capture_output=True)
-    assert resumed.returncode == 0, resumed.stderr
-    whole = subprocess.run([sys.executable, "-m", script, *flags], **options, capture_output=True)
-    assert whole.returncode == 0
-    first, second = sorted(tmp_path.glob("runs/*"))
-    assert (first / "evaluations.csv").read_bytes() == (second / "evaluations.csv").read_bytes()
-    a, b = (torch.load(path / "policy.pt", weights_only=True)["actor"] for path in (first, second))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    stopped = state_of(path)["global_step"]
+    assert stopped >= 270 and (path / "policy.pt").exists()
+    printed = out.splitlines()[-1].removeprefix("to resume: ")
+    assert printed.endswith("--total-timesteps 100000")
+    end = stopped + 30
+    printed = printed.replace("100000", str(end))
+    done = subprocess.run(printed, shell=True, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (path / "evaluations.csv").read_text().splitlines()[-1].startswith(f"{end},")
+    assert len(list(folder.iterdir())) == 2
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
-    flags = "--env-id HalfCheetah-v4 --ws-frac 0 --no-cuda --eval-frequency 100 --learning-starts 256"
-    command = [sys.executable, ROOT / "gild_ddpg.py", *flags.split(), "--eval-episodes", "1"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+def test_a_second_signal_ends_the_run_at_once(tmp_path):
+    """HalfCheetah's episodes have a thousand steps."""
+    flags = "--env-id HalfCheetah-v4 --ws-frac 0 --no-cuda --learning-starts 256 --eval-episodes 1"
+    process = soak.start("ddpg", tmp_path, f"{flags} --eval-frequency 300".split())
+    output = tmp_path / "output.txt"
+    for words in ("step       300", "stopping at the end of the episode"):
+        end = time.time() + 300
+        while words not in (output.read_text() if output.exists() else ""):
+            assert process.exitcode is None and time.time() < end
+            time.sleep(0.02)
+        process.terminate()
+    process.join(300)
+    assert process.exitcode == -signal.SIGTERM
+    (path,) = tmp_path.glob("runs/*")
+    assert state_of(path)["global_step"] == 0
+
+
+# WRITING
+
+
+def test_a_checkpoint_holds_the_filled_part_of_the_buffer_only(gild_script):
+    args = gild_script.Args(
+        env_id="Point2D-v0", total_timesteps=200, buffer_size=10_000, ws_frac=0.0, cuda=False
     )
-    while not list(tmp_path.glob("runs/*/policy.pt")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGTERM
+    args.checkpoint_frequency = args.eval_episodes = 1
+    buffer = state_of(gild_script.train(args))["buffer"]
+    assert buffer["added"] == len(buffer["rows"]) == 200
+    assert buffer["rows"].untyped_storage().nbytes() == 4 * 200 * (2 + 2 + 1 + 2 + 1)
 
 
-def test_a_checkpoint_holds_the_filled_part_only(finished):
-    state = torch.load(finished / "checkpoint.pt", weights_only=True)
-    assert state["added"] == state["global_step"] == len(state["rows"])
-    storage = state["rows"].untyped_storage().nbytes()
-    assert storage == 4 * len(state["rows"]) * (2 + 2 + 1 + 2 + 1)
+def test_the_replay_buffer_takes_what_its_rows_need(gild_script):
+    """Ant's 111 observations and 8 actions, a million times."""
+    buffer = gild_script.ReplayBuffer(1_000_000, 111, 8, torch.device("cpu"))
+    assert buffer.rows.nbytes == 4 * 1_000_000 * (111 + 8 + 1 + 111 + 1) < 1.1e9
 
 
-def test_a_failed_write_leaves_the_last_file(finished, copy, tmp_path):
+def test_a_failed_write_leaves_the_last_file(copy):
     """A limit on the size of files stands for a full disk: it stops the next checkpoint half way."""
-    before = (copy / "checkpoint.pt").read_bytes()
-    command = [sys.executable, ROOT / "gild_ddpg.py", "--resume", copy, "--total-timesteps", "2000"]
-    limit = (500_000, 500_000)
-    full = subprocess.run(
-        [str(word) for word in command],
-        **{"cwd": tmp_path, "capture_output": True, "text": True},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
-    assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
-    assert "checkpoint.pt could not be written" in full.stderr and "File too large" in full.stderr
+    before, limits = (copy / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        code, _, err = call(gild_ddpg, "--resume", copy, "--total-timesteps", "2000")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = err.splitlines()
+    assert code == 2 and "checkpoint.pt could not be written" in line and "File too large" in line
     assert (copy / "checkpoint.pt").read_bytes() == before
     assert not list(copy.glob("*.tmp"))
 
 
-def test_the_replay_buffer_takes_what_the_rows_need(gild_script):
-    """Ant's 111 observations and 8 actions, a million times: below 1.1 GB."""
-    buffer = gild_script.ReplayBuffer(1_000_000, 111, 8, torch.device("cpu"))
-    resident = Path("/proc/self/statm").read_text().split()[1]
-    assert buffer.rows.nbytes == 4 * 1_000_000 * (111 + 8 + 1 + 111 + 1) < 1.1e9
-    buffer.rows.zero_()
-    grown = int(Path("/proc/self/statm").read_text().split()[1]) - int(resident)
-    assert grown * os.sysconf("SC_PAGE_SIZE") < 1.1e9
+def test_the_arguments_of_a_run_stay_as_they_were_given(copy):
+    before = (copy / "args.json").read_bytes()
+    assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "460")[0] == 0
+    assert (copy / "args.json").read_bytes() == before and json.loads(before)["args"][
+        "total_timesteps"
+    ] == 450
 
 
-def test_numbers_that_are_not_finite_stop_a_run(gild_script, monkeypatch):
-    """A poisoned reward reaches the action within a step or two; the checkpoint before stays."""
-    args = gild_script.Args(env_id="Point2D-v0", total_timesteps=400, learning_starts=100, batch_size=16)
+# NUMBERS THAT ARE NOT FINITE
+
+
+@pytest.mark.parametrize("added", [250, 399])
+def test_a_nan_stops_the_run_and_the_checkpoint_before_it_stays(gild_script, monkeypatch, added):
+    """A poisoned reward, in the middle of an episode or at its end, when the next checkpoint is due."""
+    args = gild_script.Args(env_id="Point2D-v0", total_timesteps=600, learning_starts=100, batch_size=16)
     args.cuda, args.ws_frac, args.eval_episodes, args.buffer_size = False, 0.0, 1, 500
     args.checkpoint_frequency = 100
     add = gild_script.ReplayBuffer.add
 
     def poisoned(self, obs, action, reward, next_obs, terminated):
-        add(self, obs, action, float("nan") if self.added >= 250 else reward, next_obs, terminated)
+        add(self, obs, action, float("nan") if self.added >= added else reward, next_obs, terminated)
 
-    monkeypatch.setattr(gild_script.ReplayBuffer, "add", poisoned)
-    with pytest.raises(
-        FloatingPointError, match=r"(action|losses/\w+) is not finite at step \d+; go on from"
-    ):
-        gild_script.train(args)
-    (path,) = Path("runs").glob("*/checkpoint.pt")
-    state = torch.load(path, weights_only=True)
-    assert state["global_step"] <= 250
-    assert all(value.isfinite().all() for value in state["learners"]["actor"].values())
+    with monkeypatch.context() as patch:
+        patch.setattr(gild_script.ReplayBuffer, "add", poisoned)
+        with pytest.raises(FloatingPointError, match=r"not finite at step \d+"):
+            gild_script.train(args)
+    state = state_of(run_dir())
+    assert state["global_step"] == added // 100 * 100
+    tensors = [value for name in ("actor", "critic", "target_critic") for value in state[name].values()]
+    assert all(value.isfinite().all() for value in [*tensors, state["buffer"]["rows"]])
+    args.resume, args.total_timesteps = str(run_dir()), 420
+    gild_script.train(args)  # without the poison it can be resumed
+
+
+@pytest.mark.parametrize("name", ["actor", "critic", "target_critic", "buffer"])
+def test_nothing_that_is_not_finite_is_saved(name, copy):
+    args = gild_ddpg.Args(env_id="Point2D-v0", cuda=False, buffer_size=330, gild_init="random")
+    parts = {
+        part: getattr(gild_ddpg, kind)(2, 2) for part, kind in (("actor", "Actor"), ("critic", "Critic"))
+    }
+    parts["target_critic"] = gild_ddpg.Critic(2, 2)
+    parts["buffer"] = gild_ddpg.ReplayBuffer(args.buffer_size, 2, 2, torch.device("cpu"))
+    parts["buffer"].add([0, 0], [0, 0], float("nan") if name == "buffer" else 0.0, [0, 0], False)
+    if name != "buffer":
+        next(parts[name].parameters()).data[0, 0] = float("inf")
+    before = (copy / "checkpoint.pt").read_bytes()
+    with pytest.raises(FloatingPointError, match="not finite at step 7"):
+        gild_ddpg.save_checkpoint(copy / "checkpoint.pt", parts, [], 7, [])
+    assert (copy / "checkpoint.pt").read_bytes() == before
