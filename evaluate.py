@@ -11,7 +11,6 @@ if the environment variable MUJOCO_GL is egl or osmesa.
 import contextlib
 import io
 import os
-import re
 import signal
 import sys
 import warnings
@@ -54,31 +53,32 @@ class InputError(ValueError):
     """A user's mistake, reported in one line."""
 
 
-def find_script(name: str, policy: Path, script: Path | None) -> tuple[str, Path]:
-    """The module name of the script that wrote a policy, and the folder to import it from."""
+def find_script(name: str, policy: Path, script: Path | None) -> tuple[str, Path, Path]:
+    """The module name of the script that wrote a policy, its file, and the folder to import it from."""
     if script:
         if script.suffix != ".py" or not script.is_file():
             raise InputError(f"--script {script} is not a Python file")
-        folder = script.resolve().parent
-        package = (folder / "__init__.py").exists()
-        return (f"{folder.name}.{script.stem}", folder.parent) if package else (script.stem, folder)
+        file = script.resolve()
+        if (file.parent / "__init__.py").exists():
+            return f"{file.parent.name}.{file.stem}", file, file.parents[1]
+        return file.stem, file, file.parent
     run = [folder.parent for folder in policy.resolve().parents if folder.name == "runs"][:1]
     folders = list(dict.fromkeys([*run, Path.cwd(), Path(__file__).resolve().parent]))
     for folder in folders:
-        if (folder / f"{name.replace('.', '/')}.py").is_file():
-            return name, folder
+        for file in (folder / f"{name}.py", folder / f"{name.replace('.', '/')}.py"):
+            if file.is_file():
+                return name, file, folder
     places = ", ".join(map(str, folders))
     raise InputError(f"{policy} was written by {name}, which is not in {places}; --script names its file")
 
 
-def import_script(name: str, folder: Path):
-    """The module `name` of this folder, even where another folder's module has that name already."""
-    file = folder / f"{name.replace('.', '/')}.py"
+def import_script(name: str, file: Path, folder: Path):
+    """The module in this file, even if another file's module has its name already."""
     if sys.path[0] != str(folder):
         sys.path.insert(0, str(folder))  # as Python does with the folder of a script that it runs
     invalidate_caches()
     spec = None
-    with contextlib.suppress(ModuleNotFoundError):  # the other folder's package lacks it
+    with contextlib.suppress(ModuleNotFoundError):  # another folder's package lacks it
         spec = find_spec(name)
     if spec and spec.origin and Path(spec.origin).resolve() == file.resolve():
         return import_module(name)
@@ -95,14 +95,14 @@ def load_policy(path: Path, script: Path | None = None, env_id: str | None = Non
         raise InputError(f"there is no {path}; a run writes policy.pt at its first evaluation")
     try:
         policy = torch.load(path, weights_only=True, map_location="cpu")
-        weights, global_step = policy["actor"], policy["global_step"]
-        name = re.fullmatch(r"\w+(\.\w+)*", policy["script"])[0]
+        weights, name, global_step = policy["actor"], policy["script"], policy["global_step"]
+        if Path(name).name != name:
+            raise ValueError(f"its script is {name!r}")
         # whoever evaluates a run need not have its tracker installed
         saved = {key: value for key, value in policy["args"].items() if (key, value) != ("track", True)}
     except Exception as error:  # a damaged or foreign file fails in a dozen ways
         raise InputError(f"{path} is not a policy file of this project: {error!r:.150}") from None
-    name, folder = find_script(name, path, script)
-    module = import_script(name, folder)
+    module = import_script(*find_script(name, path, script))
     try:
         args = module.Args(**saved | ({"env_id": env_id} if env_id else {}))
         env = module.make_env(args, training=False)
@@ -130,6 +130,8 @@ def sparse_rule(script, args):
         env = env.env
 
     def reward(result):
+        if "x_position" not in result[4]:
+            return np.nan  # only a --dense run can have a threshold then, and it never used it
         env.env = SimpleNamespace(step=lambda action: result)
         return env.step(None)[1]
 
@@ -145,16 +147,15 @@ def rollout(actor, script, args, env: gym.Env, seed: int, explore=False, after_s
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     sparse = sparse_rule(script, args)
+    noisy = explore and hasattr(args, "exploration_noise")  # DDPG and TD3
+    sample = {"explore": True} if explore and not noisy else {}  # SAC
     names = ("observations", "actions", "rewards", "sparse_rewards", "terminations", "truncations")
     while True:
         obs, _ = env.reset(seed=seed)
         steps, ended = [], False
         while not ended:
-            if explore and not hasattr(args, "exploration_noise"):
-                action = script.act(actor, obs, explore=True)  # SAC
-            else:
-                action = script.act(actor, obs)
-            if explore and hasattr(args, "exploration_noise"):
+            action = script.act(actor, obs, **sample)
+            if noisy:
                 noise = rng.normal(0, np.float32(args.exploration_noise), action.shape)
                 action = (action + noise).clip(-1, 1).astype(np.float32)
             if not np.isfinite(action).all():
@@ -168,7 +169,7 @@ def rollout(actor, script, args, env: gym.Env, seed: int, explore=False, after_s
 
 
 def make_visible(script, args, render_mode: str):
-    """The environment, after a first frame: who cannot render is told so before the first episode."""
+    """The environment, once it has rendered a frame: what is missing is reported before the first episode."""
     window = render_mode == "human"
     if window and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         raise InputError("--render needs a display; --video records without one")

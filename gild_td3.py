@@ -32,7 +32,7 @@ import signal
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -434,7 +434,7 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
         kwargs["reward"] = "dense"
     try:
         env = gym.make("envs:Point2D-v0" if args.env_id == "Point2D-v0" else args.env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--env-id {args.env_id}: {reason} (a module's tasks: module:Env-v0)") from None
     spaces, box = (env.observation_space, env.action_space), env.action_space
@@ -445,7 +445,7 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 1_000)
         if training:
-            print(f"{args.env_id} has no time limit: episodes end after 1,000 steps", file=sys.stderr)
+            print(f"{args.env_id} registers no time limit: 1,000 steps at most", file=sys.stderr)
     threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
     if training and not args.dense and threshold is not None:
         env = SparseReward(env, threshold)
@@ -505,11 +505,13 @@ class DemonstrationBuffer:
             raise InputError(f"{path} has arrays of {obs.shape} and {actions.shape}, not of {shapes}")
         low, high = np.float64(box.low), np.float64(box.high)
         finite = np.isfinite(obs).all(1) & np.isfinite(actions).all(1)
-        excess = np.maximum(low - actions, actions - high).max(1)
-        outside = excess > 1e-6 * np.maximum(abs(low), abs(high)).max()  # more than a rounding
-        for bad, reason in ((~finite, "not finite"), (outside, f"{excess.max():.3g} outside of {box}")):
-            if bad.any():
-                raise InputError(f"{path}: pair {bad.argmax()} is {reason}")
+        excess = np.maximum(low - actions, actions - high)
+        outside = (excess > 1e-6 * np.maximum(abs(low), abs(high))).any(1)  # by more than a rounding
+        if not finite.all():
+            raise InputError(f"{path}: pair {finite.argmin()} is not finite")
+        if outside.any():
+            pair = outside.argmax()
+            raise InputError(f"{path}: the action of pair {pair} is {excess[pair].max():.3g} outside the box")
         actions = ((actions - (high + low) / 2) / ((high - low) / 2)).clip(-1, 1)
         self.obs, self.actions = (torch.tensor(x, dtype=torch.float32, device=device) for x in (obs, actions))
 
@@ -548,8 +550,9 @@ def save_evaluation(run_dir: Path, writer, args, global_step: int, returns, eval
 
 def check(args):
     """Raises InputError if an argument is out of range or a package is missing."""
-    for name, value in vars(args).items():
-        low = 1 if type(value) is int and name not in ("seed", "learning_starts") else 0
+    for field in fields(args):
+        name, value = field.name, getattr(args, field.name)
+        low = 1 if field.type is int and name not in ("seed", "learning_starts") else 0
         high = 1 if name in ("gamma", "tau", "ws_frac") else 1e12
         if type(value) in (int, float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
@@ -671,6 +674,7 @@ def main(train, Args):
     """Runs a script's `train` from the command line. A user's mistake ends it with one line and code 2."""
     for name in {"SIGINT", "SIGTERM", "SIGBREAK"} & set(dir(signal)):  # the last is Windows'
         signal.signal(getattr(signal, name), stop_after_episode)
+    sys.stdout.reconfigure(errors="replace")  # a console without "±"
     torch.use_deterministic_algorithms(True)  # set here, not in `train`: a notebook keeps its own settings
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill the whole replay buffer
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU

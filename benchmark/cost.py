@@ -26,9 +26,12 @@ class Args:
 
 
 class Learner:
-    """One algorithm's networks and random data, updated by the functions of its gild script."""
+    """One algorithm's networks and random data, updated by the functions of its gild script.
 
-    def __init__(self, algorithm: str, compiled=False, obs_dim=11, action_dim=3, capacity=10_000, **changes):
+    `compile` is torch.compile, or None; `changes` are changes to the script's Args.
+    """
+
+    def __init__(self, algorithm: str, compile=None, obs_dim=11, action_dim=3, capacity=10_000, **changes):
         self.script = script = import_module(f"gild_{algorithm}")
         self.sac, self.args = algorithm == "sac", script.Args(cuda=False, **changes)
         self.actor, self.critic = script.Actor(obs_dim, action_dim), script.Critic(obs_dim, action_dim)
@@ -47,10 +50,10 @@ class Learner:
             self.parts[f"{name}_optimizer"] = optimizer
         self.parts["buffer"] = self.buffer
         updates = script.critic_gradient, script.actor_gradient, script.gild_gradients
-        if compiled:
+        if compile:
             torch._dynamo.config.trace_autograd_ops = True  # as the scripts do
             torch._inductor.config.fallback_random = True
-            updates = map(torch.compile, updates)
+            updates = map(compile, updates)
         self.update_critic, self.update_actor, self.update_gild = updates
         self.alpha = [torch.tensor(0.2)] if self.sac else []
 

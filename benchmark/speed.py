@@ -1,13 +1,13 @@
-"""How fast the scripts are, what their time goes to, and how others compare.
+"""How fast the scripts are, where their time goes, and how other libraries compare.
 
     python -m benchmark.speed
 
-The learners' table: milliseconds of an iteration (TD3's actor steps in every second one), eager and compiled,
-and the rate of its matrix products as a share of what products of 256 x 256 matrices reach alone. The runs'
-table: environment steps a second of a run that learns, everything included, on sparse Hopper-v4; of
-Stable-Baselines3 and SBX too, where they are installed (benchmark/requirements.txt), with the same
-hyperparameters on the dense task. The cores' table: one run or as many as there are cores, with one thread
-each or with as many threads. All take turns in one run; the numbers are medians over the rounds.
+The learners' table: milliseconds per iteration (TD3's actor is updated in every second one), eager and
+compiled, and the rate of its matrix products as a share of what products of 256 x 256 matrices reach alone.
+The runs' table: environment steps per second of a run that learns, everything included, on sparse Hopper-v4,
+and those of Stable-Baselines3 and SBX if they are installed (benchmark/requirements.txt), with the same
+hyperparameters on the dense task. The cores' table: one run, or as many as there are cores, each with one
+thread or with as many threads as cores. Everything takes turns; the numbers are medians over the rounds.
 """
 
 import os
@@ -27,15 +27,14 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-import gild_td3
 from benchmark.cost import Learner
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("ddpg", "td3", "sac")
-START, SKIPPED = 1_000, 200  # random steps, and iterations that are not timed: compilation is in them
+START, SKIPPED = 1_000, 200  # random steps, and untimed iterations, which include the compilation
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 
-# another library's run: prints its steps a second
+# another library's run: prints its steps per second
 OTHER = """
 import sys, time
 import torch
@@ -57,13 +56,13 @@ print((len(times) - 1) / (times[-1] - times[0]))
 
 @dataclass
 class Args:
-    rounds: int = 5  # how often everything takes its turn
-    iterations: int = 50  # of a learner in a turn
-    steps: int = 2_000  # environment steps of a run that are timed
+    rounds: int = 5  # how often each measurement takes a turn
+    iterations: int = 50  # learner iterations per turn
+    steps: int = 2_000  # timed environment steps of a run
     threads: int = 1  # CPU threads of a run
-    learners: bool = True  # the learners' table
-    runs: bool = True  # the runs' table
-    cores: bool = True  # the cores' table
+    learners: bool = True  # measure the learners' table
+    runs: bool = True  # measure the runs' table
+    cores: bool = True  # measure the cores' table
 
 
 def milliseconds(function, iterations: int) -> float:
@@ -75,8 +74,7 @@ def milliseconds(function, iterations: int) -> float:
 
 def learners_table(args: Args) -> str:
     """A row for each algorithm, eager and compiled."""
-    gild_td3.can_compile()
-    learners = {(a, c): Learner(a, torch.compile if c else lambda f: f) for a in ALGORITHMS for c in (0, 1)}
+    learners = {(a, c): Learner(a, torch.compile if c else None) for a in ALGORITHMS for c in (False, True)}
     flops, parts = {}, {}
     for (algorithm, compiled), learner in learners.items():
         if not compiled:
@@ -87,10 +85,10 @@ def learners_table(args: Args) -> str:
             with FlopCounterMode(display=False) as counter:
                 learner.step_critic()
             flops[algorithm, "critic"] = counter.get_total_flops()
-        data = learner.step_critic()
+        batch = learner.step_critic()
         parts[algorithm, compiled, "critic"] = learner.step_critic
         for with_gild in (False, True):
-            parts[algorithm, compiled, with_gild] = partial(learner.step_actor, *data, with_gild)
+            parts[algorithm, compiled, with_gild] = partial(learner.step_actor, batch, with_gild)
     matrices = torch.randn(2, 256, 256)
     product = torch.empty(256, 256)
     parts["sgemm"] = partial(torch.mm, *matrices, out=product)
@@ -101,7 +99,7 @@ def learners_table(args: Args) -> str:
             if turn:  # the first warms up, and compiles
                 times[key].append(taken)
     median = {key: statistics.median(taken) for key, taken in times.items()}
-    rate = 2 * 256**3 / median["sgemm"]  # flop a millisecond
+    rate = 2 * 256**3 / median["sgemm"]  # flops per millisecond
     head = "learner | critic, ms | actor, ms | GILD adds, ms | iteration, ms | share of sgemm | with GILD"
     lines = [f"| {head} |", "|---|---|---|---|---|---|---|"]
     for algorithm, compiled in learners:
@@ -120,17 +118,17 @@ def learners_table(args: Args) -> str:
 
 
 def use_cores(count: int):
-    """Confines this process and those that it starts to so many cores: JAX computes in threads of its own."""
+    """Confines this process and its children to this many cores: JAX has threads that no option limits."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, CORES[-count:])
 
 
 def our_speed(args: Args, algorithm: str, ws_frac: int, compiled: bool, threads: int) -> float:
-    """Steps a second of a gild script, with GILD (ws_frac 1) or without (0)."""
+    """Steps per second of a gild script, with GILD (ws_frac 1) or without (0)."""
     total = START + SKIPPED + args.steps
     flags = f"""--env-id Hopper-v4 --no-cuda --torch-threads {threads} --ws-frac {ws_frac}
     --learning-starts {START} --total-timesteps {total} --eval-frequency {total} --eval-episodes 1
-    --no-save-model --{"" if compiled else "no-"}compile"""
+    --{"" if compiled else "no-"}compile"""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / f"gild_{algorithm}.py", *flags.split()]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
@@ -155,7 +153,7 @@ def other_speed(args: Args, algorithm: str, library: str) -> float:
 
 
 def runs_table(args: Args) -> str:
-    """A row for each algorithm; steps a second."""
+    """A row for each algorithm: steps per second."""
     columns, kinds = {}, {"eager": False, "compiled": True}
     for kind, compiled in kinds.items():
         for ws_frac in (0, 1):
@@ -169,7 +167,7 @@ def runs_table(args: Args) -> str:
         for (algorithm, name), taken in speeds.items():
             taken.append(columns[name](args, algorithm))
     median = {key: statistics.median(taken) for key, taken in speeds.items()}
-    # one per cent of GILD is reckoned: in so short a run the compilation at the objective's drop would show
+    # one per cent of GILD is computed: a run this short would show the compilation after the warm start
     for kind in kinds:
         for algorithm in ALGORITHMS:
             vanilla, gild = (median[algorithm, f"ws-frac {ws_frac}, {kind}"] for ws_frac in (0, 1))
@@ -183,7 +181,7 @@ def runs_table(args: Args) -> str:
 
 
 def cores_table(args: Args) -> str:
-    """Steps a second of all runs together, without GILD."""
+    """Steps per second of all runs together, without GILD."""
     cores = len(CORES)
     use_cores(cores)
     columns = [(runs, threads) for runs in (1, cores) for threads in (1, cores)]
@@ -194,7 +192,7 @@ def cores_table(args: Args) -> str:
                 one = partial(our_speed, args, ws_frac=0, compiled=False, threads=threads)
                 taken.append(sum(pool.map(one, [algorithm] * runs)))
     names = [f"{runs} at once, threads each: {threads}" for runs, threads in columns]
-    lines = [f"| steps/s in all | {' | '.join(names)} |", "|---" * (1 + len(columns)) + "|"]
+    lines = [f"| steps/s in total | {' | '.join(names)} |", "|---" * (1 + len(columns)) + "|"]
     for algorithm in ALGORITHMS:
         cells = [f"{statistics.median(speeds[algorithm, column]):.0f}" for column in columns]
         lines.append(f"| {algorithm.upper()} | {' | '.join(cells)} |")

@@ -82,10 +82,7 @@ def training(args: Args):
     run_dir = max((path.parent for path in started), default=None)
     command = ["-m", f"baselines.{args.algo}", "--total-timesteps", f"{args.total_timesteps}"]
     if run_dir:
-        ended = max(evaluations(run_dir), default=0) >= args.total_timesteps
-        yield run_dir, ended
-        if ended:
-            return
+        yield run_dir, max(evaluations(run_dir), default=0) >= args.total_timesteps
         command += ["--resume", f"{run_dir}"]
     else:
         command += ["--dense", "--keep-policies", "--no-cuda", "--env-id", args.env_id]

@@ -30,7 +30,7 @@ FLAGS = """--env-id Point2D-v0 --total-timesteps 1500 --learning-starts 200 --ba
 # a server that has imported the scripts forks each run: no kill is wasted on a run's imports
 methods = multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-CONTEXT.set_forkserver_preload([f"gild_{algorithm}" for algorithm in ALGORITHMS])
+CONTEXT.set_forkserver_preload([*(f"gild_{algorithm}" for algorithm in ALGORITHMS), "torch._dynamo"])
 
 
 def run(algorithm: str, folder: Path, flags: list[str]):
@@ -63,8 +63,11 @@ def uninterrupted(algorithm: str, folder: Path, flags=FLAGS) -> Path:
     return finish(start(algorithm, folder, flags.split()), folder)
 
 
-def killed(algorithm: str, folder: Path, kills: int, rng: random.Random, flags=FLAGS) -> tuple[Path, int]:
-    """A run that is killed up to `kills` times. Returns its folder and how many kills came before its end."""
+def killed(algorithm: str, folder: Path, moments: list[float], flags=FLAGS) -> tuple[Path, int]:
+    """A run that is killed after each of these times, in seconds since its start or its last resume.
+
+    Returns its folder and the number of kills that came before its end.
+    """
     struck = 0
     while True:
         runs = list(folder.glob("runs/*"))
@@ -72,9 +75,9 @@ def killed(algorithm: str, folder: Path, kills: int, rng: random.Random, flags=F
             shutil.rmtree(folder / "runs")  # killed before its first checkpoint: start again
             runs = []
         process = start(algorithm, folder, ["--resume", str(runs[0])] if runs else flags.split())
-        if struck < kills:
-            process.join(rng.uniform(0, 2))
-        if struck == kills or process.exitcode is not None:
+        if struck < len(moments):
+            process.join(moments[struck])
+        if struck == len(moments) or process.exitcode is not None:
             return finish(process, folder), struck
         process.kill()
         process.join()
@@ -116,7 +119,8 @@ def main(args: Args):
             for algorithm in struck:
                 runs += 1
                 target = Path(folder) / f"{algorithm}-{runs}"
-                path, kills = killed(algorithm, target, min(most, args.kills - sum(struck.values())), rng)
+                moments = [rng.uniform(0, 2) for _ in range(min(most, args.kills - sum(struck.values())))]
+                path, kills = killed(algorithm, target, moments)
                 struck[algorithm] += kills
                 assert_same_run(path, whole[algorithm])
                 print(f"{algorithm}: {kills} kills, identical", flush=True)

@@ -376,7 +376,7 @@ def test_making_demonstrations_stops_and_resumes(tmp_path, monkeypatch, training
             time.sleep(0.05)
         first.terminate()
         try:
-            first.wait(30)
+            first.wait(60)
         finally:
             if first.poll() is None:
                 os.killpg(first.pid, signal.SIGKILL)
@@ -402,8 +402,10 @@ def test_making_demonstrations_stops_and_resumes(tmp_path, monkeypatch, training
     assert "| Point2D-td3 |" in table(tmp_path)
 
 
-def test_the_behavior_policy_is_the_first_that_the_rule_admits(capsys):
+def test_the_behavior_policy_is_the_first_that_the_rule_admits(monkeypatch, capsys):
     """In the band over its evaluation's ten episodes, and over 20 others."""
+    inputs = []
+    monkeypatch.setattr(make, "rollout", lambda *given: inputs.append(given[4:]) or rollout(*given))
     untrained, good = write_policy(Path("untrained.pt"), env_id="Point2D-v0"), SHIPPED / "Point2D-td3.pt"
     policies = {250: (0.0, good), 500: (60.0, untrained), 750: (90.0, good), 1_000: (45.0, good)}
     run_dir = plant(policies | {1_250: (50.0, good)})
@@ -411,6 +413,7 @@ def test_the_behavior_policy_is_the_first_that_the_rule_admits(capsys):
     assert make.behavior(run_dir, 42.0, 75.0, True, known) == 1_000
     assert list(known) == [500, 1_000] and known[500] == 0 and 65 < known[1_000] < 75
     assert "step 1,000: 45.0, over 20" in capsys.readouterr().out
+    assert inputs == [(1_000, True)] * 2  # seeds of their own, and the exploration that Point2D needs
     known[1_000] = 1.0  # a second evaluation is not repeated
     assert make.behavior(run_dir, 42.0, 75.0, True, known) == 1_250
     assert make.behavior(run_dir, 91.0, 95.0, True, known) is None

@@ -109,7 +109,7 @@ def refusal(tool, *flags, box=False):
     return " ".join(err.replace("│", " ").split())
 
 
-def returns(policy, episodes, seed, env_id=None):
+def returns(policy, episodes, seed):
     """Each episode's dense and sparse return, as the command prints their mean."""
     code, out, err = call(evaluate, policy, "--episodes", episodes, "--seed", seed)
     assert code == 0, err
@@ -161,6 +161,12 @@ def test_the_sparse_return_is_counted_from_the_start(threshold, rewarded):
     assert returns(policy, episodes=3, seed=0) == [10, rewarded, 10]
 
 
+def test_a_dense_run_with_a_threshold_that_its_task_cannot_have():
+    policy = write_policy(Path("p.pt"), env_id="Pendulum-v1", dense=True, sparse_threshold=1.0)
+    dense, sparse, steps = returns(policy, episodes=1, seed=0)
+    assert dense < 0 and np.isnan(sparse) and steps == 200
+
+
 def test_another_environment():
     policy = SHIPPED / "Hopper-td3.pt"
     assert load_policy(policy, env_id="Hopper-v5")[2].env_id == "Hopper-v5"
@@ -182,12 +188,16 @@ def test_ten_episodes_from_ten_starts():
 # THE SCRIPT
 
 
-def edited(folder, script="gild_td3", hidden=64):
+def imported(name, folder):
+    return evaluate.import_script(name, folder / f"{name.replace('.', '/')}.py", folder)
+
+
+def edited(folder, name="my_experiment", hidden=64):
     """A copy of a script, renamed and edited as a user would."""
-    text = (ROOT / f"{script}.py").read_text("utf-8")
+    text = (ROOT / "gild_td3.py").read_text("utf-8")
     assert "hidden: int = 256" in text
     folder.mkdir(exist_ok=True)
-    path = folder / "my_experiment.py"
+    path = folder / f"{name}.py"
     path.write_text(text.replace("hidden: int = 256", f"hidden: int = {hidden}"), "utf-8")
     return path
 
@@ -195,7 +205,7 @@ def edited(folder, script="gild_td3", hidden=64):
 def test_a_copied_and_edited_script(tmp_path):
     """Its run is evaluated by the copy, from its folder, also where the output has no ±."""
     edited(tmp_path)
-    script = evaluate.import_script("my_experiment", tmp_path)
+    script = imported("my_experiment", tmp_path)
     settings = dict(env_id="Point2D-v0", total_timesteps=20, eval_episodes=1, buffer_size=50, ws_frac=0.0)
     run_dir = script.train(script.Args(**settings, cuda=False))
     del sys.modules["my_experiment"]
@@ -219,7 +229,7 @@ def test_each_folder_has_its_own_script(tmp_path, monkeypatch):
     for hidden in (64, 32):
         folder = tmp_path / f"{hidden}"
         edited(folder, hidden=hidden)
-        module = evaluate.import_script("my_experiment", folder)
+        module = imported("my_experiment", folder)
         weights = module.Actor(2, 2).state_dict()
         policies[hidden] = folder / "runs" / "run" / "policies" / "20.pt"
         write_policy(policies[hidden], "gild_td3", weights, env_id="Point2D-v0")
@@ -238,6 +248,17 @@ def test_each_folder_has_its_own_script(tmp_path, monkeypatch):
     assert "is not a Python file" in refusal(evaluate, moved, "--script", ROOT / "README.md")
 
 
+@pytest.mark.parametrize("name", ["my-experiment", "gild_td3.v2", "gild td3"])
+def test_a_script_whose_name_is_not_an_identifier(tmp_path, name):
+    weights = import_module("gild_td3").Actor(2, 2).state_dict()
+    policy = torch.load(
+        write_policy(Path("p.pt"), "gild_td3", weights, env_id="Point2D-v0"), weights_only=True
+    )
+    torch.save(policy | {"script": name}, "p.pt")
+    edited(tmp_path, name, hidden=256)
+    assert Path(load_policy("p.pt")[1].__file__).name == f"{name}.py"
+
+
 def test_a_script_of_the_baselines_folder(tmp_path):
     """An edited copy of the whole project: its baselines, not this one's."""
     (tmp_path / "baselines").mkdir()
@@ -245,7 +266,7 @@ def test_a_script_of_the_baselines_folder(tmp_path):
         text = (ROOT / "baselines" / f"{name}.py").read_text("utf-8")
         text = text.replace("hidden: int = 256", "hidden: int = 64")
         (tmp_path / "baselines" / f"{name}.py").write_text(text, "utf-8")
-    weights = evaluate.import_script("baselines.td3", tmp_path).Actor(2, 2).state_dict()
+    weights = imported("baselines.td3", tmp_path).Actor(2, 2).state_dict()
     policy = write_policy(Path("runs/run/policy.pt"), weights=weights, env_id="Point2D-v0")
     actor, script, *_ = load_policy(policy)
     assert actor.net[0].out_features == 64 and Path(script.__file__).is_relative_to(tmp_path)

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import resource
 import shlex
 import shutil
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 import gild_ddpg
+from envs.point2d import Point2D
 from tests import soak
 from tests.conftest import ROOT, call, same
 from tests.soak import assert_same_run, equal
@@ -83,9 +83,13 @@ def kill():
 
 
 def test_kills_at_random_moments(algorithm, tmp_path):
-    flags = soak.FLAGS.replace("1500", "500")
+    flags = soak.FLAGS.replace("1500", "400")
+    start = time.time()
     whole = soak.uninterrupted(algorithm, tmp_path / "whole", flags)
-    path, kills = soak.killed(algorithm, tmp_path / "killed", 2, random.Random(algorithm), flags)
+    longest = (time.time() - start) / 2
+    rng = random.Random(algorithm)
+    moments = [rng.uniform(0, longest) for _ in range(2)]
+    path, kills = soak.killed(algorithm, tmp_path / "killed", moments, flags)
     assert kills > 0
     assert_same_run(path, whole)
 
@@ -101,7 +105,7 @@ def test_a_run_killed_before_its_first_episode_ends_starts_again(finished, monke
     """From the checkpoint of step 0, the fit of f included."""
     fit = partial(gild_ddpg.fit_imitation, iterations=20)
     monkeypatch.setattr(gild_ddpg, "fit_imitation", fit)
-    flags = GILD.replace("--gild-init random", "--gild-init imitation")
+    flags = GILD.replace("random", "imitation").replace("450", "300")
     with pytest.raises(Killed):
         interrupted(gild_ddpg, monkeypatch, 90, kill, flags)
     path = run_dir()
@@ -113,20 +117,30 @@ def test_a_run_killed_before_its_first_episode_ends_starts_again(finished, monke
     assert not equal(state_of(resumed)["gild"], state_of(finished)["gild"])  # the fit makes a difference
 
 
-def test_more_steps_are_as_if_asked_for_at_once(finished, copy, tmp_path):
-    """The warm start keeps its length: 0.2 * 450 = 0.15 * 600. The longer run can be resumed as well."""
-    assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "600")[0] == 0
-    copy.rename(tmp_path / "longer")
-    shutil.rmtree("runs")
-    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "600", "--ws-frac", "0.15")[0] == 0
-    longer = (tmp_path / "longer" / "evaluations.csv").read_text()
-    assert longer == (run_dir() / "evaluations.csv").read_text()
-    assert same(
-        *(
-            torch.load(path / "policy.pt", weights_only=True)["actor"]
-            for path in (tmp_path / "longer", run_dir())
-        )
-    )
+def evaluations_and_actor(path):
+    return (path / "evaluations.csv").read_text(), torch.load(path / "policy.pt", weights_only=True)["actor"]
+
+
+def test_more_steps_are_as_if_asked_for_at_once(copy, tmp_path):
+    """The warm start keeps its length: 0.2 * 450 = 0.18 * 500."""
+    assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "500")[0] == 0
+    longer = evaluations_and_actor(copy)
+    shutil.rmtree(copy)
+    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "500", "--ws-frac", "0.18")[0] == 0
+    at_once = evaluations_and_actor(run_dir())
+    assert longer[0] == at_once[0] and same(longer[1], at_once[1])
+
+
+def test_a_finished_run_has_nothing_to_do(copy):
+    """Neither for the steps that it has, nor for fewer: its evaluations stay."""
+    assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "460")[0] == 0
+    before = {path: path.read_bytes() for path in copy.iterdir()}
+    assert json.loads((copy / "args.json").read_text())["args"]["total_timesteps"] == 450  # as it was given
+    for total in (None, 460, 430, 300):
+        more = [] if total is None else ["--total-timesteps", total]
+        code, out, err = call(gild_ddpg, "--resume", copy, *more)
+        assert (code, out) == (2, "") and "nothing to do" in err, more
+        assert before == {path: path.read_bytes() for path in copy.iterdir()}
 
 
 # SIGNALS
@@ -142,25 +156,25 @@ def test_more_steps_are_as_if_asked_for_at_once(finished, copy, tmp_path):
     ],
 )
 def test_a_signal_leaves_a_checkpoint_at_the_end_of_the_episode(name, number, finished, monkeypatch):
-    script, flags = import_module(name), GILD if name.startswith("gild") else FLAGS
+    script = import_module(name)
+    flags = GILD if name == "gild_ddpg" else FLAGS.replace("450", "300")
+    total = flags.split()[3]
     command = ["/usr/bin/python", "-O", "-m", name]
     monkeypatch.setattr(sys, "orig_argv", [*command, *flags.split()])
     code, out, err = interrupted(script, monkeypatch, 180, lambda: os.kill(os.getpid(), number), flags)
     path = run_dir()
     assert code == 128 + number and state_of(path)["global_step"] == 200
     assert err == "stopping at the end of the episode; once more stops at once\n"
-    resume = ["--resume", str(path), "--total-timesteps", "450"]
-    assert (
-        out.splitlines()[-1]
-        == f"to resume: {shlex.join(['cd', os.getcwd()])} && {shlex.join(command + resume)}"
-    )
+    resume = ["--resume", str(path), "--total-timesteps", total]
+    line = f"to resume: cd {shlex.quote(os.getcwd())} && {shlex.join(command + resume)}"
+    assert out.splitlines()[-1] == line
     assert call(script, *resume)[0] == 0
     resumed = path.rename(path.parents[1] / "resumed")
     if name != "gild_ddpg":
         assert call(script, *flags.split())[0] == 0
         finished = run_dir()
-    assert (resumed / "evaluations.csv").read_bytes() == (finished / "evaluations.csv").read_bytes()
-    assert same(*(torch.load(path / "policy.pt", weights_only=True)["actor"] for path in (resumed, finished)))
+    (csv, actor), (expected_csv, expected_actor) = map(evaluations_and_actor, (resumed, finished))
+    assert csv == expected_csv and same(actor, expected_actor)
 
 
 def wait_for(condition, process):
@@ -170,12 +184,12 @@ def wait_for(condition, process):
         time.sleep(0.02)
 
 
-def test_the_printed_command_resumes_from_anywhere(tmp_path):
+def test_the_printed_command_resumes_from_anywhere(tmp_path, monkeypatch):
     """A space in the folder's name, demonstrations named relative to it, and more steps than at first."""
     folder = tmp_path / "my runs"
     folder.mkdir()
     shutil.copy(ROOT / "demos" / "Point2D-ddpg.npz", folder / "my demos.npz")
-    os.chdir(folder)
+    monkeypatch.chdir(folder)
     flags = [*GILD.split(), "--demo-path", "my demos.npz", "--checkpoint-frequency", "1"]
     assert call(gild_ddpg, *flags, "--total-timesteps", "200", "--ws-frac", "0.45")[0] == 0
     path = run_dir()
@@ -249,51 +263,39 @@ def test_a_failed_write_leaves_the_last_file(copy):
     assert not list(copy.glob("*.tmp"))
 
 
-def test_the_arguments_of_a_run_stay_as_they_were_given(copy):
-    before = (copy / "args.json").read_bytes()
-    assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "460")[0] == 0
-    assert (copy / "args.json").read_bytes() == before and json.loads(before)["args"][
-        "total_timesteps"
-    ] == 450
-
-
 # NUMBERS THAT ARE NOT FINITE
 
 
-@pytest.mark.parametrize("added", [250, 399])
-def test_a_nan_stops_the_run_and_the_checkpoint_before_it_stays(gild_script, monkeypatch, added):
-    """A poisoned reward, in the middle of an episode or at its end, when the next checkpoint is due."""
-    args = gild_script.Args(env_id="Point2D-v0", total_timesteps=600, learning_starts=100, batch_size=16)
+@pytest.mark.parametrize(("name", "step"), [("gild_ddpg", 400), ("gild_td3", 251), ("gild_sac", 400)])
+def test_a_nan_stops_the_run_and_the_checkpoint_before_it_stays(name, step, monkeypatch):
+    """From this step on the task's rewards are nan: in mid-episode, or where the next checkpoint is due."""
+    script, original = import_module(name), Point2D.step
+    args = script.Args(env_id="Point2D-v0", total_timesteps=600, learning_starts=100, batch_size=16)
     args.cuda, args.ws_frac, args.eval_episodes, args.buffer_size = False, 0.0, 1, 500
     args.checkpoint_frequency = 100
-    add = gild_script.ReplayBuffer.add
 
-    def poisoned(self, obs, action, reward, next_obs, terminated):
-        add(self, obs, action, float("nan") if self.added >= added else reward, next_obs, terminated)
+    def poisoned(self, action):
+        self.steps = getattr(self, "steps", 0) + 1
+        obs, reward, *ends = original(self, action)
+        return obs, reward if self.steps < step else float("nan"), *ends
 
     with monkeypatch.context() as patch:
-        patch.setattr(gild_script.ReplayBuffer, "add", poisoned)
+        patch.setattr(Point2D, "step", poisoned)
         with pytest.raises(FloatingPointError, match=r"not finite at step \d+"):
-            gild_script.train(args)
+            script.train(args)
     state = state_of(run_dir())
-    assert state["global_step"] == added // 100 * 100
+    assert state["global_step"] == (step - 1) // 100 * 100
     tensors = [value for name in ("actor", "critic", "target_critic") for value in state[name].values()]
     assert all(value.isfinite().all() for value in [*tensors, state["buffer"]["rows"]])
-    args.resume, args.total_timesteps = str(run_dir()), 420
-    gild_script.train(args)  # without the poison it can be resumed
+    args.resume, args.total_timesteps = str(run_dir()), step + 20
+    script.train(args)  # without the poison it can be resumed
 
 
-@pytest.mark.parametrize("name", ["actor", "critic", "target_critic", "buffer"])
-def test_nothing_that_is_not_finite_is_saved(name, copy):
-    args = gild_ddpg.Args(env_id="Point2D-v0", cuda=False, buffer_size=330, gild_init="random")
-    parts = {
-        part: getattr(gild_ddpg, kind)(2, 2) for part, kind in (("actor", "Actor"), ("critic", "Critic"))
-    }
-    parts["target_critic"] = gild_ddpg.Critic(2, 2)
-    parts["buffer"] = gild_ddpg.ReplayBuffer(args.buffer_size, 2, 2, torch.device("cpu"))
-    parts["buffer"].add([0, 0], [0, 0], float("nan") if name == "buffer" else 0.0, [0, 0], False)
-    if name != "buffer":
-        next(parts[name].parameters()).data[0, 0] = float("inf")
+@pytest.mark.parametrize("name", ["actor", "critic", "target_critic"])
+def test_no_weights_are_saved_that_are_not_finite(name, copy):
+    kinds = {"actor": gild_ddpg.Actor, "critic": gild_ddpg.Critic, "target_critic": gild_ddpg.Critic}
+    parts = {part: kind(2, 2) for part, kind in kinds.items()}
+    next(parts[name].parameters()).data[0, 0] = float("inf")
     before = (copy / "checkpoint.pt").read_bytes()
     with pytest.raises(FloatingPointError, match="not finite at step 7"):
         gild_ddpg.save_checkpoint(copy / "checkpoint.pt", parts, [], 7, [])
