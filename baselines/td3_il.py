@@ -141,7 +141,7 @@ def rl_weight(q, il_beta):
 
     Q is the updated critic's, at the actor's own actions as in TD3+BC: the actor's loss has computed it.
     """
-    return il_beta / q.detach().float().abs().mean().clamp(min=1e-6)
+    return il_beta / q.detach().abs().mean().clamp(min=1e-6)
 
 
 def gradient(loss, params, **kwargs):

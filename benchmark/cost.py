@@ -11,6 +11,7 @@ import tempfile
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -35,37 +36,40 @@ class Learner:
         self.script = script = import_module(f"gild_{algorithm}")
         self.sac, self.args = algorithm == "sac", script.Args(cuda=False, **changes)
         self.actor, self.critic = script.Actor(obs_dim, action_dim), script.Critic(obs_dim, action_dim)
-        self.target_actor, self.target_critic = deepcopy(self.actor), deepcopy(self.critic)
-        self.gild = script.GILD(obs_dim, action_dim)
+        self.gild, self.target_critic = script.GILD(obs_dim, action_dim), deepcopy(self.critic)
+        self.networks = {"actor": self.actor, "critic": self.critic, "gild": self.gild}
+        self.networks["target_critic"] = self.target_critic
+        if not self.sac:
+            self.networks["target_actor"] = self.target_actor = deepcopy(self.actor)
+        adam = partial(torch.optim.Adam, lr=self.args.learning_rate, fused=True)
+        self.optimizers = {
+            name: adam(self.networks[name].parameters()) for name in ("actor", "critic", "gild")
+        }
         self.buffer = script.ReplayBuffer(capacity, obs_dim, action_dim, torch.device("cpu"))
         self.buffer.rows.normal_()
         _, action, _, _, terminated = self.buffer.rows.split(self.buffer.widths, dim=1)
         action.uniform_(-1, 1)
         terminated.bernoulli_(0.1)
         self.buffer.added = capacity
-        self.parts = {"actor": self.actor, "critic": self.critic, "gild": self.gild}
-        self.parts |= {"target_actor": self.target_actor, "target_critic": self.target_critic}
-        for name in ("actor", "critic", "gild"):
-            optimizer = torch.optim.Adam(self.parts[name].parameters(), self.args.learning_rate, fused=True)
-            self.parts[f"{name}_optimizer"] = optimizer
-        self.parts["buffer"] = self.buffer
         updates = script.critic_gradient, script.actor_gradient, script.gild_gradients
         if compile:
             torch._dynamo.config.trace_autograd_ops = True  # as the scripts do
             torch._inductor.config.fallback_random = True
             updates = map(compile, updates)
         self.update_critic, self.update_actor, self.update_gild = updates
-        self.alpha = [torch.tensor(0.2)] if self.sac else []
+        self.alpha, self.log = [torch.tensor(0.2)] if self.sac else [], {}
 
     def step(self, name: str, grad: dict):
-        self.script.step(self.parts[f"{name}_optimizer"], self.parts[name], grad)
+        self.script.step(self.optimizers[name], self.networks[name], grad)
 
     def step_critic(self):
         """Returns the batch."""
         batch = self.buffer.sample(self.args.batch_size)
         policy = self.actor if self.sac else self.target_actor
         inputs = self.critic, self.target_critic, policy, batch, *self.alpha, self.args
-        self.step("critic", self.update_critic(*inputs)[0])
+        grad, log = self.update_critic(*inputs)
+        self.step("critic", grad)
+        self.log |= log
         return batch
 
     def step_actor(self, batch, with_gild: bool):
@@ -75,12 +79,14 @@ class Learner:
             val_obs = self.buffer.sample(self.args.batch_size)[0]
             inputs = [self.actor, self.critic, self.gild, obs, demo, val_obs]
             inputs += [torch.randn(3, *action.shape)] if self.sac else []
-            phi_grad, omega_grad, *_ = self.update_gild(*inputs, *self.alpha, self.args)
+            phi_grad, omega_grad, *_, log = self.update_gild(*inputs, *self.alpha, self.args)
             self.step("gild", omega_grad)
         else:
             noise = [torch.randn_like(action)] if self.sac else []
-            phi_grad, *_ = self.update_actor(self.actor, self.critic, obs, *noise, *self.alpha, self.args)
+            inputs = [self.actor, self.critic, obs, *noise]
+            phi_grad, *_, log = self.update_actor(*inputs, *self.alpha, self.args)
         self.step("actor", phi_grad)
+        self.log |= log
         self.script.update_target(self.target_critic, self.critic, self.args.tau)
         if not self.sac:
             self.script.update_target(self.target_actor, self.actor, self.args.tau)
@@ -94,11 +100,13 @@ class Learner:
 def checkpoint_seconds(obs_dim: int, action_dim: int) -> float:
     """Seconds to write a checkpoint of TD3+GILD with a full buffer: the median of three."""
     learner = Learner("td3", obs_dim=obs_dim, action_dim=action_dim, capacity=1_000_000)
+    optimizers = {f"{name}_optimizer": optimizer for name, optimizer in learner.optimizers.items()}
+    parts = {**learner.networks, **optimizers, "buffer": learner.buffer}
     seconds = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for _ in range(3):
             start = time.perf_counter()
-            learner.script.save_checkpoint(Path(folder, "checkpoint.pt"), learner.parts, [], 0, [])
+            learner.script.save_checkpoint(Path(folder, "checkpoint.pt"), parts, [], 0, [])
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 

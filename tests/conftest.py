@@ -57,7 +57,8 @@ def call(script, *flags):
     Returns the exit code, standard output and standard error.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    argv, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
+    argv, code = sys.argv, 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     sys.argv = [f"{script.__name__}.py", *map(str, flags)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -69,7 +70,7 @@ def call(script, *flags):
         script.received_signals.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return code, out.getvalue(), err.getvalue()
+    return code, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
 def same(a: dict, b: dict) -> bool:

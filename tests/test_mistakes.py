@@ -62,6 +62,7 @@ LINE = {
     "--env-id Hoper-v4": "Hopper",
     "--env-id Hopper-v9": "`v4`, `v5`",
     "--env-id no_such_module:Env-v0": "no_such_module",
+    "--env-id a:b:c": "a:b:c",
     "--env-id CartPole-v1": "Discrete(2)",
     "--env-id Blackjack-v1": "Tuple",
     "--demo-path none.npz": "none.npz",
@@ -70,7 +71,7 @@ LINE = {
     "--demo-path pickled.npz": "pickled.npz",
     "--demo-path hopper.npz": "hopper.npz has demonstrations of Hopper, not of Point2D",
     "--demo-path nan.npz": "nan.npz: pair 0 is not finite",
-    "--demo-path outside.npz": "outside.npz: pair 3 is 0.5 outside",
+    "--demo-path outside.npz": "outside.npz: the action of pair 3 is 0.5 outside",
     "--env-id Walker2d-v4 --demo-path hopper.npz": "hopper.npz has demonstrations of Hopper, not of Walker2d",
     "--resume runs/none": "runs/none",
     "--resume text.npz": "text.npz",
@@ -173,10 +174,16 @@ def test_a_baseline_refuses_as_well(folder, monkeypatch):
 
 
 def test_arguments_are_checked_in_a_notebook_too(gild_script):
-    for changes in (dict(gamma=1.5), dict(batch_size=64, learning_starts=63), dict(tau=float("nan"))):
+    for changes in (
+        dict(gamma=1.5),
+        dict(batch_size=64, learning_starts=63),
+        dict(tau=float("nan")),
+        dict(seed=-1),
+    ):
         with pytest.raises(gild_script.InputError):
             gild_script.Args(**changes)
     assert issubclass(gild_script.InputError, ValueError)
+    assert gild_script.Args(gamma=0, ws_frac=1, gild_lr=0).ws_frac == 1  # integers, where 0.0 would do
 
 
 class Spaces(gym.Env):

@@ -32,9 +32,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(*command):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+def run(*command, **environment):
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def evaluations(tmp_path):
@@ -43,7 +45,9 @@ def evaluations(tmp_path):
 
 
 def test_a_run_without_what_only_posix_has(tmp_path):
-    run("-c", POSIX, ROOT / "gild_td3.py", *FLAGS.split())
+    """On a console, moreover, that has no ±."""
+    out = run("-c", POSIX, ROOT / "gild_td3.py", *FLAGS.split(), PYTHONIOENCODING="ascii")
+    assert "0.0 ? 0.0" in out
     assert evaluations(tmp_path).count("\n") == 1 + 2
 
 
