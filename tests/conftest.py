@@ -31,7 +31,7 @@ def vanilla_script(algorithm):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Runs leave their files in the test's own folder; PyTorch keeps to one thread."""
+    """Each test works in its own folder, with one thread and PyTorch's default settings."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     yield

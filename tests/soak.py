@@ -34,7 +34,7 @@ CONTEXT.set_forkserver_preload([*(f"gild_{algorithm}" for algorithm in ALGORITHM
 
 
 def run(algorithm: str, folder: Path, flags: list[str]):
-    """The script's command line, in a process of its own."""
+    """What the command line does, in this process."""
     os.chdir(folder)
     sys.argv = [f"gild_{algorithm}.py", *flags]
     with open("output.txt", "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):

@@ -89,7 +89,7 @@ def test_the_distance_is_measured_from_the_models_own_position():
     assert rewards[0] == 0 < rewards[1]
 
 
-def test_the_time_limit_stays(capsys):
+def test_the_tasks_time_limit_is_kept(capsys):
     env = make_env(Args(env_id="HalfCheetah-v4"), training=True)
     env.reset(seed=0)
     ends = [env.step(np.zeros(6, np.float32))[2:4] for _ in range(1_000)]

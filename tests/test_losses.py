@@ -182,7 +182,7 @@ def test_the_baselines_actor_gradient(algorithm, name, nets, batch):
     assert len(log_prob) == (algorithm == "sac")
 
 
-def test_demonstrated_actions_on_the_boundary_stay_finite():
+def test_demonstrated_actions_on_the_boundary_give_a_finite_loss():
     import gild_sac
 
     actor = gild_sac.Actor(OBS_DIM, ACTION_DIM)
@@ -230,7 +230,7 @@ def test_bf16_rounds_the_losses_of_the_vanilla_update(vanilla_script, algorithm)
 def test_only_a_terminal_state_ends_the_bootstrap(vanilla_script, tmp_path):
     """Point2D's episodes end by truncation, Hopper's by falling: only the latter is stored as an end."""
     short_run(vanilla_script, total_timesteps=201, checkpoint_frequency=1)
-    short_run(vanilla_script, env_id="Hopper-v4", total_timesteps=201, checkpoint_frequency=1)
+    short_run(vanilla_script, env_id="Hopper-v5", total_timesteps=201, checkpoint_frequency=1)
     ends = {}
     for path in tmp_path.glob("runs/*/checkpoint.pt"):
         state = torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""What users get wrong: code 2, no traceback, nothing written, and one line (or tyro's box) that says it."""
+"""User mistakes: exit code 2, no traceback, nothing written, and one line (or tyro's box) that says why."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -163,7 +164,7 @@ def test_a_mistake_gets_one_line(flags, folder, monkeypatch):
     assert line.startswith("gild_td3.py: ") and LINE[flags] in line
 
 
-def test_a_baseline_refuses_as_well(folder, monkeypatch):
+def test_a_baseline_refuses_the_same_mistakes(folder, monkeypatch):
     monkeypatch.chdir(folder)
     flags = [flag for flag in SHORT if flag not in ("--gild-init", "random")]
     script = import_module("baselines.ddpg_il")
@@ -171,6 +172,16 @@ def test_a_baseline_refuses_as_well(folder, monkeypatch):
     assert code == 2 and "demonstrations of Hopper, not of Point2D" in err
     code, _, err = call(script, "--resume", "whole")
     assert code == 2 and "whole: no run of this script" in err
+
+
+def test_a_run_of_another_script_is_not_resumed():
+    """TD3's networks have the names and shapes of TD3+IL's."""
+    td3, td3_il = import_module("baselines.td3"), import_module("baselines.td3_il")
+    flags = "--env-id Point2D-v0 --total-timesteps 40 --learning-starts 32 --batch-size 32 --eval-episodes 1"
+    assert call(td3, *flags.split(), "--no-cuda", "--buffer-size", "40")[0] == 0
+    (run_dir,) = Path("runs").iterdir()
+    code, out, err = call(td3_il, "--resume", run_dir, "--total-timesteps", "50")
+    assert (code, out) == (2, "") and "no run of this script" in err
 
 
 def test_arguments_are_checked_in_a_notebook_too(gild_script):
@@ -206,7 +217,7 @@ SPACES = {
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_an_action_space_that_is_no_bounded_box_of_floats(space, tmp_path):
+def test_only_a_bounded_box_of_floats_is_an_action_space(space, tmp_path):
     gym.register("Spaces-v0", partial(Spaces, SPACES[space]), disable_env_checker=True)
     code, out, err = call(gild_td3, *flags_of("--env-id Spaces-v0 --ws-frac 0"))
     del gym.registry["Spaces-v0"]
@@ -223,7 +234,7 @@ def test_a_message_about_a_wide_box_is_one_line():
     assert code == 2 and len(err.splitlines()) == 1
 
 
-def test_missing_wandb(monkeypatch, tmp_path):
+def test_track_without_wandb_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(gild_td3, "find_spec", lambda name: None if name == "wandb" else "there")
     code, out, err = call(gild_td3, *SHORT, "--track")
     assert (code, out) == (2, "") and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or resumed is, in the end, the run that was not."""
+"""A run that is killed or stopped, and resumed, ends up as the uninterrupted run, bit for bit."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_what_came_after_the_checkpoint_is_repeated(finished, copy):
 
 
 def test_a_run_killed_before_its_first_episode_ends_starts_again(finished, monkeypatch):
-    """From the checkpoint of step 0, the fit of f included."""
+    """It resumes from the checkpoint of step 0, and fits f as the first attempt did."""
     fit = partial(gild_ddpg.fit_imitation, iterations=20)
     monkeypatch.setattr(gild_ddpg, "fit_imitation", fit)
     flags = GILD.replace("random", "imitation").replace("450", "300")
@@ -121,18 +121,19 @@ def evaluations_and_actor(path):
     return (path / "evaluations.csv").read_text(), torch.load(path / "policy.pt", weights_only=True)["actor"]
 
 
-def test_more_steps_are_as_if_asked_for_at_once(copy, tmp_path):
-    """The warm start keeps its length: 0.2 * 450 = 0.18 * 500."""
-    assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "500")[0] == 0
-    longer = evaluations_and_actor(copy)
-    shutil.rmtree(copy)
-    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "500", "--ws-frac", "0.18")[0] == 0
-    at_once = evaluations_and_actor(run_dir())
-    assert longer[0] == at_once[0] and same(longer[1], at_once[1])
+def test_more_steps_are_as_if_asked_for_at_once(tmp_path):
+    """The warm start keeps its length: 0.2 * 250 = 0.125 * 400 iterations, none of them before step 200."""
+    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "250")[0] == 0
+    path = run_dir()
+    assert state_of(path)["global_step"] == 200
+    assert call(gild_ddpg, "--resume", path, "--total-timesteps", "400")[0] == 0
+    longer = path.rename(tmp_path / "longer")
+    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "400", "--ws-frac", "0.125")[0] == 0
+    assert_same_run(longer, run_dir())
 
 
 def test_a_finished_run_has_nothing_to_do(copy):
-    """Neither for the steps that it has, nor for fewer: its evaluations stay."""
+    """Neither for the steps it already has nor for fewer; its files are left as they are."""
     assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "460")[0] == 0
     before = {path: path.read_bytes() for path in copy.iterdir()}
     assert json.loads((copy / "args.json").read_text())["args"]["total_timesteps"] == 450  # as it was given
