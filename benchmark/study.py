@@ -134,9 +134,9 @@ def write_result(run_dir: Path, algorithm: str, target: Path):
     warm_start = "charts/imitation_distance" in events.Tags()["scalars"]
     distances = events.Scalars("charts/imitation_distance") if warm_start else []
     actor, script, args, _ = load_policy(run_dir / "policy.pt")
-    envs = [make_env(args, training=True) for _ in range(args.eval_episodes)]  # with the sparse reward
+    env = make_env(args, training=True)  # with the sparse reward
     path = DEMOS / f"{task_name(args.env_id)}-{algorithm}.npz"
-    demonstrations = DemonstrationBuffer(path, args.env_id, envs[0], torch.device("cpu"))
+    demonstrations = DemonstrationBuffer(path, args.env_id, env, torch.device("cpu"))
     head = "global_step,return_mean,return_std,q_mean,sparse_return,imitation_distance"
     rows = [f"{head},lowest_of_batches,rewarded_episodes".split(",")]
     for row in csv.DictReader((run_dir / "evaluations.csv").read_text().splitlines()):
@@ -148,7 +148,7 @@ def write_result(run_dir: Path, algorithm: str, target: Path):
         actions = script.act(actor, demonstrations.obs.numpy())
         past = [event.value for event in distances if event.step <= step]
         numbers = [float(row["return_mean"]), float(row["return_std"]), q.get(step, float("nan"))]
-        numbers += [evaluate(script.act, actor, envs, seed=args.seed + 100).mean()]
+        numbers += [evaluate(script.act, actor, env, args.eval_episodes, seed=args.seed + 100).mean()]
         numbers += [np.square(actions - demonstrations.actions.numpy()).mean()]
         numbers += [min(past, default=float("nan")), sum(end <= step for end in rewarded)]
         rows.append([step, *(f"{number:.6g}" for number in numbers)])
@@ -190,8 +190,7 @@ def run(name: str, variant: str, env_id: str, seed: int):
             process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
             processes.append(process)
         if code := process.wait():
-            last_line = "".join(log.read_text().splitlines()[-1:])
-            print(f"{target.stem} ended with code {code}: {last_line}", flush=True)
+            print(f"{target.stem} ended with code {code}; its output is in {log}", flush=True)
             return
         run_dir = find_run(name, variant, env_id, seed)
     write_result(run_dir, variant.split("-")[0], target)

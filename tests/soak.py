@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("ddpg", "td3", "sac")
@@ -36,6 +38,7 @@ CONTEXT.set_forkserver_preload([*(f"gild_{algorithm}" for algorithm in ALGORITHM
 def run(algorithm: str, folder: Path, flags: list[str]):
     """What the command line does, in this process."""
     os.chdir(folder)
+    tqdm.set_lock(threading.RLock())  # a kill would leave the semaphore of tqdm's own lock behind
     sys.argv = [f"gild_{algorithm}.py", *flags]
     with open("output.txt", "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         script = import_module(f"gild_{algorithm}")

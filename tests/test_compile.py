@@ -89,9 +89,11 @@ def test_bf16_rounds_the_losses_only(algorithm):
         learners.append(Learner(algorithm, bf16=bf16))
         learners[-1].iterate(0, with_gild=False)
     exact, rounded = learners
-    for name, value in exact.log.items():
-        change = (rounded.log[name].float() - value).abs().mean() / value.abs().mean()
-        assert 0 < change < 1e-2, name
+    changes = {
+        name: (rounded.log[name].float() - value).abs().mean() / value.abs().mean()
+        for name, value in exact.log.items()
+    }
+    assert min(changes.values()) > 0 and 1e-3 < max(changes.values()) < 1e-2
     for name in ("actor", "critic"):
         slopes = [
             torch.cat([parameter.grad.flatten() for parameter in learner.networks[name].parameters()])

@@ -204,8 +204,8 @@ UNFIT = {
     "infinite": (spoiled(1, np.inf), "rows.npy: pair 3 is not finite"),
     "nan action": (spoiled(3, np.nan), "rows.npy: pair 3 is not finite"),
     "infinite in float32": (spoiled(1, 1e39), "rows.npy: pair 3 is not finite"),
-    "outside": (spoiled(3, 1.25), "rows.npy: pair 3 is 0.25 outside of Box("),
-    "just outside": (spoiled(3, -1.00001), "rows.npy: pair 3 is 1e-05 outside of Box("),
+    "outside": (spoiled(3, 1.25), "rows.npy: the action of pair 3 is 0.25 outside the box"),
+    "just outside": (spoiled(3, -1.00001), "rows.npy: the action of pair 3 is 1e-05 outside the box"),
     "objects": (np.array([[Tripwire(eval, OPEN)] * 4]), "is not an array of numbers"),
     "text": (np.full((5, 4), "left"), "is not an array of numbers"),
     "records": (np.zeros(5, "f8,f8"), "is not an array of numbers"),
@@ -252,7 +252,7 @@ def test_an_npz_without_metadata():
     np.savez("mine.npz", obs=obs, acts=actions)
     assert "its arrays are ['obs', 'acts']" in refusal("mine.npz")
     np.savez("mine.npz", observations=obs, actions=actions * 2)
-    assert "mine.npz: pair " in refusal("mine.npz")
+    assert "mine.npz: the action of pair " in refusal("mine.npz")
     np.savez("mine.npz", observations=np.array([Tripwire(eval, OPEN)]), actions=actions)
     assert "no demonstrations in mine.npz" in refusal("mine.npz")
 
@@ -502,7 +502,7 @@ def test_a_mistake_keeps_the_file_that_is_there(tmp_path):
     Path("hostile.pkl").write_bytes(HOSTILE["os.system"])
     write_demonstrations("kept.npz")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert "outside of Box" in refusal("outside.npy", out="kept.npz")
+    assert "outside the box" in refusal("outside.npy", out="kept.npz")
     assert "system" in refusal("hostile.pkl", out="kept.npz")
     assert "minari download mujoco/hopper/expert-v0" in refusal("mujoco/hopper/expert-v0", out="kept.npz")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

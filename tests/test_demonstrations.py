@@ -85,8 +85,8 @@ def test_a_bad_file_is_refused_in_one_line(mistake):
     [
         ("observations", np.nan, "pair 3 is not finite"),
         ("actions", -np.inf, "pair 3 is not finite"),
-        ("actions", 1.25, "pair 3 is 0.25 outside of Box("),
-        ("actions", -1.0001, "pair 3 is 0.0001 outside of Box("),
+        ("actions", 1.25, "the action of pair 3 is 0.25 outside the box"),
+        ("actions", -1.0001, "the action of pair 3 is 0.0001 outside the box"),
     ],
 )
 def test_the_first_bad_pair_is_named(name, value, words):

@@ -236,5 +236,5 @@ def test_only_a_terminal_state_ends_the_bootstrap(vanilla_script, tmp_path):
         state = torch.load(path, weights_only=True)
         ends[path.parent.name.split("__")[0]] = state["buffer"]["rows"][:, -1]
     assert len(ends["Point2D-v0"]) == 200 and ends["Point2D-v0"].sum() == 0
-    falls = ends["Hopper-v4"]
+    falls = ends["Hopper-v5"]
     assert falls[-1] == 1 and 3 <= falls.sum() < len(falls) / 3
