@@ -568,7 +568,10 @@ def command_line(Args):
     if args.resume is None:
         return args
     try:
-        run = Args(**json.loads(Path(args.resume, "args.json").read_text("utf-8"))["args"])
+        saved = json.loads(Path(args.resume, "args.json").read_text("utf-8"))["args"]
+        run = Args(**saved)
+        if vars(run).keys() != saved.keys():
+            raise ValueError("it lacks some of its arguments")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {args.resume}: no run of this script ({error})") from None
     args, free = tyro.cli(Args, default=run), ("resume", "total_timesteps", "track", "wandb_project_name")
@@ -683,7 +686,7 @@ def main(train, Args):
         torch.set_num_threads(args.torch_threads)
         run_dir = train(args)
     except (InputError, FloatingPointError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     if received_signals:
         command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
