@@ -579,7 +579,7 @@ def command_line(Args):
         if name not in free and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
     csv = Path(args.resume, "evaluations.csv")
-    if csv.exists() and csv.read_text().splitlines()[-1].startswith(f"{args.total_timesteps},"):
+    if csv.exists() and int(csv.read_text().splitlines()[-1].split(",")[0]) >= args.total_timesteps:
         raise InputError(f"nothing to do: the run has its {args.total_timesteps} steps (--total-timesteps)")
     if "ws_frac" in vars(run):  # the warm start keeps its length
         args.ws_frac = round(run.ws_frac * run.total_timesteps) / args.total_timesteps
@@ -621,7 +621,8 @@ def save(path: Path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # PyTorch raises its own on top of the file system's
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise InputError(f"{path} could not be written: {error.__context__ or error}") from None
 
 
