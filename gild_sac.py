@@ -505,6 +505,8 @@ class ReplayBuffer:
 
     def add(self, obs, action, reward, next_obs, terminated):
         row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        if not np.isfinite(row).all():
+            raise FloatingPointError(f"observation, action or reward not finite at step {self.added + 1}")
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
 
@@ -663,8 +665,8 @@ def save(path: Path, data):
 def save_checkpoint(path: Path, parts: dict, generators: list, global_step: int, evaluations: list[str]):
     """Saves the whole state of a run between two episodes, when the simulator needs none."""
     networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-    if not all(weight.isfinite().all() for network in networks for weight in network.parameters()):
-        raise FloatingPointError(f"a network is not finite at step {global_step}; {path} is from before that")
+    if not all((weight < torch.inf).all() for network in networks for weight in network.parameters()):
+        raise FloatingPointError(f"a network is not finite at step {global_step}; {path} is older")
     state = {name: part.state_dict() for name, part in parts.items()}
     device = next(parts["actor"].parameters()).device
     numpy_states = [  # np.random itself and an environment's RandomState have the older methods
