@@ -17,7 +17,7 @@ from tests.conftest import ALGORITHMS, same, short_run
 
 @pytest.fixture
 def fresh_compiler(monkeypatch):
-    """Float64, and one hidden layer: each layer less saves half a minute of generating and compiling C++."""
+    """Float64, and one hidden layer instead of two: less C++ to generate and compile."""
     for algorithm in ALGORITHMS:
         monkeypatch.setattr(import_module(f"gild_{algorithm}"), "mlp", small_mlp)
     torch.set_default_dtype(torch.float64)
@@ -64,7 +64,7 @@ def test_a_run_with_compile(fresh_compiler, monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ["ddpg", "sac"])
 def test_a_hundred_compiled_updates(fresh_compiler, algorithm):
-    """The other scripts' graphs, without the two minutes that generating code for them would take."""
+    """The other scripts' graphs, executed without generating C++, which would take two more minutes."""
     learners = []
     for compile in (None, partial(torch.compile, backend="aot_eager_decomp_partition")):
         torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_bf16_rounds_the_losses_only(algorithm):
 
 @pytest.mark.parametrize("module", ["gild_{}", "baselines.{}", "baselines.{}_il"])
 def test_a_run_with_bf16(module, algorithm):
-    """After ten updates with Adam a weight can be away by 20 learning rates, and is by less than one."""
+    """Ten Adam steps could move the weights 20 learning rates apart; rounding moves them less than one."""
     script = import_module(module.format(algorithm))
     settings = dict(total_timesteps=210, eval_episodes=1)
     exact, _ = short_run(script, **settings)
