@@ -56,7 +56,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates: a minute at the start, then faster steps
-    bf16: bool = False  # compute the losses in bfloat16; slower on a processor without bf16 instructions
+    bf16: bool = False  # losses in bfloat16, but not of a GILD step; slower on a CPU without bf16
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -455,7 +455,10 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)
+        try:
+            self.rows = torch.empty(capacity, sum(self.widths), device=device)
+        except RuntimeError as error:  # out of memory
+            raise InputError(f"--buffer-size {capacity}: {str(error).splitlines()[0]}") from None
         self.added = 0
 
     def add(self, obs, action, reward, next_obs, terminated):
@@ -544,7 +547,7 @@ def check(args):
     for field in fields(args):
         name, value = field.name, getattr(args, field.name)
         low = 1 if field.type is int and name not in ("seed", "learning_starts") else 0
-        high = 1 if name in ("gamma", "tau", "ws_frac") else 1e12
+        high = {"gamma": 1, "tau": 1, "ws_frac": 1, "seed": 2**31, "torch_threads": 1024}.get(name, 1e12)
         if type(value) in (int, float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
     if args.batch_size > args.learning_starts:
@@ -569,12 +572,17 @@ def command_line(Args):
     for name, old in vars(run).items():
         if name not in free and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
-    csv = Path(args.resume, "evaluations.csv")
-    if csv.exists() and int(csv.read_text().splitlines()[-1].split(",")[0]) >= args.total_timesteps:
+    if last_evaluation(Path(args.resume)) >= args.total_timesteps:
         raise InputError(f"nothing to do: the run has its {args.total_timesteps} steps (--total-timesteps)")
     if "ws_frac" in vars(run):  # the warm start keeps its length
         args.ws_frac = round(run.ws_frac * run.total_timesteps) / args.total_timesteps
     return args
+
+
+def last_evaluation(run_dir: Path) -> int:
+    """The step of a run's last evaluation, 0 before the first. A finished run was evaluated at its end."""
+    path = run_dir / "evaluations.csv"
+    return int(path.read_text().splitlines()[-1].split(",")[0]) if path.exists() else 0
 
 
 def start_run(args, parts: dict, generators: list):
@@ -597,7 +605,10 @@ def start_run(args, parts: dict, generators: list):
     if args.total_timesteps <= args.learning_starts:
         print("no update will be made: --total-timesteps does not exceed --learning-starts", file=sys.stderr)
     device = next(parts["actor"].parameters()).device
-    print(f"{run_dir} on {device}{' (no GPU found)' * (args.cuda and device.type == 'cpu')}", flush=True)
+    no_gpu = " (no GPU found)" if args.cuda and device.type == "cpu" else ""
+    resumed = f", resumed from step {last_step:,}" if args.resume else ""
+    print(f"{run_dir} on {device}{no_gpu}{resumed}", flush=True)
+    run_dir = run_dir.absolute()  # an environment may change the working directory
     return run_dir, SummaryWriter(run_dir, purge_step=last_step + 1), last_step, evaluations
 
 
@@ -669,7 +680,8 @@ def main(train, Args):
     """Runs a script's `train` from the command line. A user's mistake ends it with one line and code 2."""
     for name in {"SIGINT", "SIGTERM", "SIGBREAK"} & set(dir(signal)):  # the last is Windows'
         signal.signal(getattr(signal, name), stop_after_episode)
-    sys.stdout.reconfigure(errors="replace")  # a console without "±"
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(errors="replace")  # a console without "±"
     torch.use_deterministic_algorithms(True)  # set here, not in `train`: a notebook keeps its own settings
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill the whole replay buffer
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
@@ -680,9 +692,9 @@ def main(train, Args):
     except (InputError, FloatingPointError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
-    if received_signals:
+    if received_signals and last_evaluation(run_dir) < args.total_timesteps:
         command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-        command += ["--resume", str(run_dir.resolve()), "--total-timesteps", str(args.total_timesteps)]
+        command += ["--resume", str(run_dir), "--total-timesteps", str(args.total_timesteps)]
         print(f"to resume: cd {shlex.quote(os.getcwd())} && {shlex.join(command)}")
         sys.exit(128 + received_signals[0])
 

@@ -44,7 +44,9 @@ BOX = {
     "--eval-episodes 0": "eval-episodes",
     "--checkpoint-frequency 0": "checkpoint-frequency",
     "--torch-threads 0": "torch-threads",
+    "--torch-threads 100000": "torch-threads",
     "--seed -1": "seed",
+    "--seed 5000000000": "seed",
     "--seed one": "seed",
     "--sparse-threshold far": "sparse-threshold",
     "--il-beta -1": "il-beta",
@@ -66,6 +68,7 @@ LINE = {
     "--env-id a:b:c": "a:b:c",
     "--env-id CartPole-v1": "Discrete(2)",
     "--env-id Blackjack-v1": "Tuple",
+    "--buffer-size 100000000000": "--buffer-size 100000000000",  # terabytes
     "--demo-path none.npz": "none.npz",
     "--demo-path text.npz": "text.npz",
     "--demo-path truncated.npz": "truncated.npz",

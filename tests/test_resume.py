@@ -117,6 +117,10 @@ def test_a_run_killed_before_its_first_episode_ends_starts_again(finished, monke
     assert not equal(state_of(resumed)["gild"], state_of(finished)["gild"])  # the fit makes a difference
 
 
+def test_it_says_where_it_resumes(copy):
+    assert call(gild_ddpg, "--resume", copy)[1].startswith(f"{copy} on cpu, resumed from step 400\n")
+
+
 def evaluations_and_actor(path):
     return (path / "evaluations.csv").read_text(), torch.load(path / "policy.pt", weights_only=True)["actor"]
 
@@ -178,6 +182,13 @@ def test_a_signal_leaves_a_checkpoint_at_the_end_of_the_episode(name, number, fi
     assert csv == expected_csv and same(actor, expected_actor)
 
 
+def test_a_signal_in_the_last_episode_changes_nothing(finished, monkeypatch):
+    """Step 450 is in the middle of an episode."""
+    code, out, _ = interrupted(gild_ddpg, monkeypatch, 450, lambda: os.kill(os.getpid(), signal.SIGINT), GILD)
+    assert code == 0 and "to resume" not in out
+    assert_same_run(run_dir(), finished)
+
+
 def wait_for(condition, process):
     end = time.time() + 300
     while not condition() and process.poll() is None:
@@ -232,6 +243,24 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
 
 
 # WRITING
+
+
+def test_a_run_stays_in_its_folder(finished, tmp_path, monkeypatch):
+    """Even if the environment leaves the working directory, as some simulators do."""
+    elsewhere, original = tmp_path / "elsewhere", Point2D.step
+    elsewhere.mkdir()
+
+    def step(self, action):
+        os.chdir(elsewhere)
+        return original(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Point2D, "step", step)
+        assert call(gild_ddpg, *GILD.split())[0] == 0
+    assert not list(elsewhere.iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert_same_run(run_dir(), finished)
+    assert any(path.stat().st_size > 1_000 for path in run_dir().glob("events.*"))
 
 
 def test_a_checkpoint_holds_the_filled_part_of_the_buffer_only(gild_script):
