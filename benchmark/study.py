@@ -47,7 +47,7 @@ STUDIES = {
     "headline": Study(
         ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4"],
         300_000,
-        "--compile",
+        "--compile --bf16",
         {
             "td3": ("-m baselines.td3", 3),
             "td3-il": ("-m baselines.td3_il", 3),

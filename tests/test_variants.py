@@ -1,0 +1,218 @@
+"""The study-only variants of gild_td3.py: the default is the reference, and each flag does what it says."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+
+import gild_td3
+from benchmark import gild_td3_variants as variants
+from tests.conftest import call, same, short_run
+from tests.soak import assert_same_run
+
+FLAGS = """--env-id Point2D-v0 --total-timesteps 400 --learning-starts 200 --batch-size 32 --no-cuda
+--eval-frequency 100 --eval-episodes 1 --checkpoint-frequency 150 --buffer-size 330 --gild-init random"""
+ALL = "--rl-weight capped --clone-steps 20 --release returns --gild-form weight --meta-critic q2"
+
+
+def learners(seed=0, obs_dim=3, action_dim=2, pairs=16):
+    """Networks, a batch of states, demonstrations and validation states in float64."""
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.float64)
+    networks = gild_td3.Actor(obs_dim, action_dim), gild_td3.Critic(obs_dim, action_dim)
+    networks += (gild_td3.GILD(obs_dim, action_dim),)
+    obs, val_obs, demo_obs = torch.randn(3, pairs, obs_dim)
+    return networks, obs, (demo_obs, torch.rand(pairs, action_dim) * 2 - 1), val_obs
+
+
+def args_of(**changes):
+    return variants.Args(env_id="Point2D-v0", **changes)
+
+
+def test_the_default_is_gild_td3():
+    ours, theirs = (short_run(script, ws_frac=0.1, gild_lr=1e-2) for script in (variants, gild_td3))
+    assert same(ours[0], theirs[0]) and ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("flags", ["--release never --omega random", ALL])
+def test_a_stopped_run_resumes_as_if_it_had_not_been(flags, tmp_path):
+    command = [*FLAGS.split(), *flags.split()]
+    assert call(variants, *command)[0] == 0
+    (whole,) = (tmp_path / "runs").iterdir()
+    whole = whole.rename(tmp_path / "whole")
+    assert call(variants, *command, "--total-timesteps", "301")[0] == 0
+    (path,) = (tmp_path / "runs").iterdir()
+    assert call(variants, "--resume", path, "--total-timesteps", "400")[0] == 0
+    assert_same_run(path, whole)
+
+
+def finite_difference(gild, meta_loss, epsilon=1e-8):
+    """d meta_loss / d omega along a random direction, by central differences."""
+    direction = {name: torch.randn_like(value) for name, value in gild.named_parameters()}
+    values = []
+    for sign in (1, -1):
+        moved = deepcopy(gild)
+        for name, value in moved.named_parameters():
+            value.data += sign * epsilon * direction[name]
+        values.append(meta_loss(moved))
+    return direction, (values[0] - values[1]) / (2 * epsilon)
+
+
+@pytest.mark.parametrize("judge", ["q1", "q2"])
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_the_gradients_with_one_capped_weight(judge, lam):
+    """Against the equations of --rl-weight capped, written out with plain autograd on copied actors."""
+    (actor, critic, gild), obs, demo, val_obs = learners()
+    args = args_of(rl_weight="capped", il_beta=0.02, meta_critic=judge, learning_rate=0.1)
+    lam = torch.tensor(lam)
+    w = min(1.0, 0.02 / critic.q1(obs, actor(obs)).abs().mean().item())
+    assert w < 1
+
+    def moved(loss):
+        grads = torch.autograd.grad(loss, list(actor.parameters()))
+        copy = deepcopy(actor)
+        for parameter, grad in zip(copy.parameters(), grads, strict=True):
+            parameter.data -= args.learning_rate * grad
+        return copy, grads
+
+    def losses(gild):
+        rl = -critic.q1(obs, actor(obs)).mean()
+        imitation = (actor(demo[0]) - demo[1]).pow(2).mean()
+        pseudo, _ = moved(w * rl + lam * imitation)
+        rl = -critic.q1(obs, actor(obs)).mean()
+        return pseudo, *moved(w * rl + lam * gild(*demo, actor(demo[0])).mean())
+
+    def meta_loss(gild):
+        pseudo, ahead, _ = losses(gild)
+        q, pseudo_q = (critic(val_obs, policy(val_obs))[judge == "q2"] for policy in (ahead, pseudo))
+        return -torch.tanh(w * (q - pseudo_q)).mean().item()
+
+    phi_grad, omega_grad, log = variants.gild_gradients(actor, critic, gild, obs, demo, val_obs, lam, args)
+    expected = losses(gild)[2]
+    for ours, theirs in zip(phi_grad.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert math.isclose(log["losses/meta_loss"].item(), meta_loss(gild), rel_tol=1e-9, abs_tol=1e-14)
+    direction, slope = finite_difference(gild, meta_loss)
+    inner = sum((omega_grad[name] * direction[name]).sum().item() for name in direction)
+    assert math.isclose(inner, slope, rel_tol=1e-4) and slope != 0
+
+
+def test_a_frozen_f_gives_the_actor_the_same_gradient_and_omega_none():
+    (actor, critic, gild), obs, demo, val_obs = learners()
+    inputs = actor, critic, gild, obs, demo, val_obs, torch.tensor(0.7)
+    learned, _, _ = variants.gild_gradients(*inputs, args_of(rl_weight="capped"))
+    frozen, nothing, _ = variants.gild_gradients(*inputs, args_of(rl_weight="capped", omega="frozen"))
+    assert nothing == {}
+    for name in learned:
+        torch.testing.assert_close(frozen[name], learned[name])
+
+
+def test_the_error_form_is_conventional_imitation():
+    (actor, critic, _), obs, demo, val_obs = learners()
+    inputs = actor, critic, variants.Error(), obs, demo, val_obs, torch.tensor(1.0)
+    phi_grad, nothing, _ = variants.gild_gradients(*inputs, args_of())
+    loss = -critic.q1(obs, actor(obs)).mean() + (actor(demo[0]) - demo[1]).pow(2).mean()
+    assert nothing == {}
+    for ours, theirs in zip(
+        phi_grad.values(), torch.autograd.grad(loss, list(actor.parameters())), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_weighted_error_has_weights_of_mean_one():
+    _, _, (demo_obs, demo_action), _ = learners()
+
+    class Demonstrations:
+        obs, actions = 100 * demo_obs + 7, demo_action
+
+    torch.set_default_dtype(torch.float64)
+    f = variants.WeightedError(Demonstrations)
+    values = f(Demonstrations.obs, demo_action, demo_action + 0.5)
+    assert math.isclose(values.mean().item(), 0.25) and values.std() > 1e-3
+
+
+def test_omega_directions():
+    grad = {"a": torch.randn(3, 4), "b": torch.randn(5)}
+    flipped = variants.omega_direction(grad, args_of(omega="flipped"))
+    drawn = variants.omega_direction(grad, args_of(omega="random"))
+    assert all(torch.equal(flipped[name], -grad[name]) for name in grad)
+    torch.testing.assert_close(variants.norm(drawn), variants.norm(grad))
+    assert sum((drawn[name] * grad[name]).sum() for name in grad).abs() < 0.9 * variants.norm(grad) ** 2
+    assert variants.omega_direction(grad, args_of()) is grad
+
+
+def test_the_meta_gradient_waits_for_a_reward_and_has_unit_scale():
+    scale, grad = variants.GradientScale(), {"a": torch.full((4,), 1e-6)}
+    assert not variants.scaled(grad, scale)["a"].any()
+    scale.rewarded = True
+    for _ in range(3):
+        torch.testing.assert_close(variants.norm(variants.scaled(grad, scale)), torch.tensor(1.0))
+
+
+def test_release_by_returns():
+    """The bar is the mean of the first 10,000 steps; down by 3 % a thousand steps, and back."""
+    release = variants.Release(args_of(release="returns", learning_starts=10_000))
+    release.episode(4_000, 100.0)
+    release.episode(9_000, 300.0)
+    for good, expected in ((True, 0.97), (True, 0.97**2), (False, 0.97), (False, 1.0), (False, 1.0)):
+        for _ in range(10):
+            release.episode(20_000, 250.0 if good else 150.0)
+        release.update(20_500)
+        release.update(21_000)
+        assert math.isclose(release.value, expected)
+
+
+def test_release_over_time():
+    linear = variants.Release(args_of(release="linear", total_timesteps=1_000))
+    linear.update(250)
+    never = variants.Release(args_of(release="never", total_timesteps=1_000))
+    never.update(999)
+    drop = variants.Release(args_of(release="drop", total_timesteps=1_000, learning_starts=256, ws_frac=0.1))
+    values = []
+    for step in (1, 355, 356):  # iteration 100, of step 356, is the last one of the warm start
+        drop.update(step)
+        values.append(drop.value)
+    assert (linear.value, never.value, values) == (0.75, 1.0, [1.0, 1.0, 0.0])
+
+
+def test_each_twin_learns_from_its_half():
+    (actor, critic, _), obs, (_, action), next_obs = learners()
+    batch = obs, action, torch.randn(16, 1), next_obs, torch.zeros(16, 1)
+    own = (torch.arange(16) % 2 == 0).double()[:, None]
+    grad, _ = variants.critic_gradient(
+        critic, deepcopy(critic), actor, batch, own, args_of(meta_critic="q2", policy_noise=0.0)
+    )
+    for net, half in ((critic.net1, slice(0, None, 2)), (critic.net2, slice(1, None, 2))):
+        with torch.no_grad():
+            next_q = net(torch.cat([next_obs, actor(next_obs)], 1))
+        error = net(torch.cat([obs, action], 1)) - (batch[2] + 0.99 * next_q)
+        expected = torch.autograd.grad(error[half].pow(2).mean(), list(net.parameters()))
+        prefix = "net1." if net is critic.net1 else "net2."
+        ours = [grad[name] for name in grad if name.startswith(prefix)]
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_clone_acts_from_the_first_step(tmp_path):
+    """Its return stands in the evaluations at step 0, and its first actions are near its own."""
+    run_dir = variants.train(
+        args_of(
+            clone_steps=300,
+            gild_form="error",
+            total_timesteps=200,
+            learning_starts=200,
+            batch_size=64,
+            exploration_noise=0.05,
+            eval_episodes=1,
+            checkpoint_frequency=1,
+            cuda=False,
+        )
+    )
+    rows = (run_dir / "evaluations.csv").read_text().splitlines()
+    assert rows[1].startswith("0,") and float(rows[1].split(",")[1]) > 60  # the demonstrations have 71
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    actor = gild_td3.Actor(2, 2)
+    actor.load_state_dict(state["actor"])
+    obs, action, *_ = state["buffer"]["rows"].split((2, 2, 1, 2, 1), dim=1)
+    assert (actor(obs) - action).abs().mean() < 0.06
