@@ -56,7 +56,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates: a minute at the start, then faster steps
-    bf16: bool = False  # losses in bfloat16, but not of a GILD step; slower on a CPU without bf16
+    bf16: bool = False  # vanilla losses in bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt

@@ -1,99 +1,84 @@
-"""The README's tables and figures, from the results that benchmark.study keeps.
+"""Tables and figures of a study, from its results.
 
     python -m benchmark.report headline
 
-Prints a study's table and draws benchmark/figures/STUDY.png (demonstrations: only the table).
+Prints Markdown and draws benchmark/figures/NAME.png and .svg: the learning curves. Where the study has more
+than a run's worth to say it adds NAME-scores (interquartile mean and performance profile over tasks, after
+Agarwal et al., NeurIPS 2021) and NAME-warm-start (the layout of the paper's Figure 5). Unfinished studies are
+reported as far as they are.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
 from baselines.common import task_name
-from benchmark.study import DEMOS, STUDIES, result
+from benchmark.sweep import RESULTS, ROOT, Study, load_study, result
+from evaluate import InputError, command_line
 
-FIGURES = Path(__file__).parent / "figures"
+# THE PAPER'S FIGURES
 
-# a study's columns: a score of each run, a structured array with a row per evaluation
+TASKS = ["Hopper", "Walker2d", "HalfCheetah", "Ant", "Point2D"]
+TABLE1 = {  # best evaluation of a million steps (on-policy: more), mean ± std over five seeds
+    "DDPG": "2122.9±590.7 1519.4±881.8 3349.1±1489.6 339.0±109.2 19.7±13.3",
+    "DDPG+IL": "2378.4±906.1 1867.8±489.5 5603.9±1129.9 575.1±215.4 47.5±16.8",
+    "DDPG+GILD": "2804.0±235.4 2632.1±373.0 9987.7±511.9 971.6±296.7 71.0±8.7",
+    "TD3": "1320.8±413.9 1426.6±1413.0 3251.3±1135.4 1712.3±562.8 24.0±10.7",
+    "TD3+IL": "2437.9±890.2 2488.5±903.7 5843.9±1321.0 2660.2±395.5 55.8±13.8",
+    "TD3+GILD": "3538.6±104.6 4113.6±280.5 9997.6±754.9 4864.6±699.1 75.1±9.7",
+    "SAC": "2235.1±569.6 1643.2±809.5 3946.2±485.2 2106.8±718.0 43.6±17.2",
+    "SAC+IL": "2989.6±263.3 3102.1±476.5 6503.2±802.5 3370.8±466.3 67.1±14.4",
+    "SAC+GILD": "3470.6±85.2 4840.4±243.8 11161.5±552.6 5335.3±246.9 79.8±6.5",
+    "PPO": "1332.5±1356.3 6.3±13.3 -10.3±514.2 637.6±191.3 23.6±15.5",
+    "PPO+IL": "1831.7±279.8 2649.5±86.8 2781.3±61.7 1759.8±7.7 43.2±8.6",
+    "LOGO": "3465.8±88.2 4537.5±293.4 5264.0±486.5 4589.5±992.9 77.8±8.0",
+    "Meta-Critic": "3185.2±526.9 3807.0±1377.1 6811.6±3981.0 1588.9±782.8 68.6±23.7",
+    "DiffAIL": "2494.3±77.5 2848.3±153.4 5978.6±237.0 3650.1±183.9 51.3±4.1",
+}
+TABLE2 = {"DDPG": (971.6, 883.1), "TD3": (4864.6, 4259.4), "SAC": (5335.3, 4851.0)}  # gain, intuitive; Ant
+TABLE3 = {  # minutes, mean over four tasks
+    "DDPG": 118, "DDPG+IL": 178, "DDPG+MC": 443, "DDPG+GILD": 261, "DDPG+GILD+1%ws": 125,
+    "TD3": 133, "TD3+IL": 186, "TD3+MC": 478, "TD3+GILD": 275, "TD3+GILD+1%ws": 138,
+    "SAC": 280, "SAC+IL": 364, "SAC+MC": 947, "SAC+GILD": 564, "SAC+GILD+1%ws": 299,
+    "PPO": 1431, "PPO+IL": 1591, "LOGO": 4056,
+}  # fmt: skip
+EXPERT = {  # dense return of a fully trained policy, published (demos/README.md): 100 when normalised
+    "ddpg": {"Hopper": 1860, "Walker2d": 3098, "HalfCheetah": 8577, "Ant": 889, "Point2D": 83.8},
+    "td3": {"Hopper": 3564, "Walker2d": 4683, "HalfCheetah": 9637, "Ant": 4372, "Point2D": 83.8},
+    "sac": {"Hopper": 3542, "Walker2d": 5007, "HalfCheetah": 12139, "Ant": 5850, "Point2D": 83.8},
+}
+
+# A RUN'S SCORES: functions of its result, a structured array with a row per evaluation
+
+SECOND_HALF = "mean of the second half"
 SCORES = {
-    "point2d": {
-        "best evaluation": lambda run: run["return_mean"].max(),
-        "last evaluation": lambda run: run["return_mean"][-1],
-    }
-}
-SCORES["hopper"] = SCORES["point2d"] | {
-    "sparse return, mean of the last five": lambda run: run["sparse_return"][-5:].mean()
-}
-SCORES["headline"] = {
     "best evaluation": lambda run: run["return_mean"].max(),
+    "last evaluation": lambda run: run["return_mean"][-1],
     "mean of the last five": lambda run: run["return_mean"][-5:].mean(),
-    "mean of the second half": lambda run: run["return_mean"][len(run) // 2 :].mean(),
-}
-SCORES["demonstrations"] = {  # evaluated every 5,000 steps; the warm start lasts from 10,000 to 20,000
+    SECOND_HALF: lambda run: run["return_mean"][len(run) // 2 :].mean(),
+    "sparse return, mean of the last five": lambda run: run["sparse_return"][-5:].mean(),
+    # of runs of 30,000 steps, evaluated every 5,000, with a warm start from 10,000 to 20,000
     "distance at first": lambda run: run["imitation_distance"][1],
     "after the warm start": lambda run: run["imitation_distance"][3],
     "share of the first": lambda run: run["imitation_distance"][3] / run["imitation_distance"][1],
     "lowest in between": lambda run: run["lowest_of_batches"][3] / run["imitation_distance"][1],
     "rewarded episodes": lambda run: run["rewarded_episodes"][-1],
-    "return at the end": lambda run: run["return_mean"][-1],
 }
-FORMATS = {"headline": ".0f", "demonstrations": ".4g"}  # the others': .1f
-PAPER = {  # Table 1: best evaluation of a run of a million steps, mean over five seeds
-    "td3": {"Hopper": 1320.8, "HalfCheetah": 3251.3, "Walker2d": 1426.6},
-    "td3-il": {"Hopper": 2437.9, "HalfCheetah": 5843.9, "Walker2d": 2488.5},
-    "td3-gild": {"Hopper": 3538.6, "HalfCheetah": 9997.6, "Walker2d": 4113.6},
-}
-
-QUANTITIES = {  # a study's panels, one per task and quantity
-    "headline": {"return_mean": "return"},
-    "point2d": {"return_mean": "return"},
-    "hopper": {
-        "return_mean": "return",
-        "sparse_return": "sparse return",
-        "q_mean": "critic's mean value",
-        "imitation_distance": "imitation distance",
-    },
-}
-STYLES = {  # a variant's name and color
-    "td3": ("TD3", "0.5"),
-    "td3-il": ("TD3+IL", "tab:orange"),
-    "td3-bc": ("behaviour cloning (TD3+IL, β = 0)", "goldenrod"),
-    "td3-gild-A": ("TD3+GILD to the end, (A)", "tab:green"),
-    "td3-gild-B": ("TD3+GILD to the end, (B)", "tab:blue"),
-    "td3-gild-10k-A": ("TD3+GILD for 10,000 iterations, (A)", "tab:olive"),
-    "td3-gild-10k-B": ("TD3+GILD for 10,000 iterations, (B)", "tab:cyan"),
-    "td3-gild": ("TD3+GILD for 10,000 iterations", "tab:blue"),
-    "td3-gild-frozen": ("TD3+GILD to the end, ω frozen", "tab:pink"),
-    "td3-gild-end": ("TD3+GILD to the end", "tab:green"),
-    "td3-gild-released": ("TD3+GILD, released settings", "tab:red"),
-    "ddpg-gild-B": ("DDPG+GILD to the end, (B)", "tab:purple"),
-    "sac-gild-B": ("SAC+GILD to the end, (B)", "tab:brown"),
-}
-OWN_NAMES = {  # where a study means something else by a variant
-    "headline": {"td3-gild-frozen": "TD3+GILD for 10,000 iterations, ω frozen"},
-    "demonstrations": {"ddpg": "DDPG+GILD", "td3": "TD3+GILD", "sac": "SAC+GILD"},
+PANELS = {
+    "return_mean": "return",
+    "sparse_return": "sparse return",
+    "q_mean": "critic's mean value",
+    "imitation_distance": "imitation distance",
+    "f_mean": "mean of f",
+    "f_slope": "slope of f",
 }
 
-
-def name(study: str, variant: str) -> str:
-    return OWN_NAMES.get(study, {}).get(variant) or STYLES[variant][0]
-
-
-def load(study: str) -> dict[str, dict[str, list[np.ndarray]]]:
-    """The finished runs by task and variant, a structured array each."""
-    results = {}
-    for env_id in STUDIES[study].tasks:
-        for variant, (_, seeds) in STUDIES[study].variants.items():
-            paths = [result(study, variant, env_id, seed) for seed in range(1, seeds + 1)]
-            runs = [np.genfromtxt(path, delimiter=",", names=True) for path in paths if path.exists()]
-            if runs:
-                results.setdefault(task_name(env_id), {})[variant] = runs
-    return results
+# STATISTICS; `tasks` is a list with an array of scores for each task, a score per seed
 
 
 def t_quantile(freedom: int) -> float:
@@ -104,89 +89,413 @@ def t_quantile(freedom: int) -> float:
     return freedom**0.5 * np.tan(np.interp(0.95, share, x))
 
 
-def interval(scores, form: str) -> str:
-    """The mean over the seeds; of two or more with the half width of its 95 % interval, Student's t."""
-    if len(scores) == 1:
-        return f"{scores[0]:{form}}"
-    half_width = t_quantile(len(scores) - 1) * np.std(scores, ddof=1) / len(scores) ** 0.5
-    return f"{np.mean(scores):{form}} ± {half_width:{form}}"
+def half_width(scores) -> float:
+    """Half the 95 % interval of the mean, Student's t."""
+    return t_quantile(len(scores) - 1) * np.std(scores, ddof=1) / len(scores) ** 0.5
 
 
-def table(study: str, results) -> str:
-    """A row per task and variant: each score's mean over the seeds, and its interval.
-
-    A study of one task also shows each seed's score, the headline the paper's figure.
-    """
-    scores, form = SCORES[study], FORMATS.get(study, ".1f")
-    one_task = len(STUDIES[study].tasks) == 1
-    head = [""] if one_task else ["task", "", "seeds"]
-    for score in scores:
-        head += [score, "each seed"] if one_task else [score]
-    head += ["best in the paper"] if study == "headline" else []
-    lines = [head, ["---"] * len(head)]
-    for task, variants in results.items():
-        for variant, runs in variants.items():
-            cells = [name(study, variant)]
-            cells = cells if one_task else [task, *cells, str(len(runs))]
-            for score in scores.values():
-                each = [score(run) for run in runs]
-                cells.append(interval(each, form))
-                cells += [", ".join(f"{one:{form}}" for one in each)] if one_task else []
-            if study == "headline":
-                paper = PAPER.get(variant, {}).get(task)
-                cells.append(f"{paper:{form}}" if paper else "")
-            lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def iqm(tasks) -> float:
+    """The interquartile mean: of all runs together, without the lowest and the highest quarter."""
+    scores = np.sort(np.concatenate(tasks))
+    cut = len(scores) // 4
+    return scores[cut : len(scores) - cut].mean()
 
 
-def demonstrated_return(task: str) -> float:
-    with np.load(DEMOS / f"{task}-td3.npz", allow_pickle=False) as file:
-        return json.loads(str(file["metadata"]))["return_mean"]
+def improvement(tasks, others) -> float:
+    """The probability that a run scores higher than one of `others`, ties half, mean over the tasks."""
+    pairs = [a[:, None] - b[None] for a, b in zip(tasks, others, strict=True)]
+    return np.mean([(difference > 0).mean() + (difference == 0).mean() / 2 for difference in pairs])
 
 
-def figure(study: str, results) -> Path:
-    """A panel per task and quantity: the mean over the seeds as a thick line, each seed as a thin one."""
-    quantities, tasks = QUANTITIES[study], list(results)
-    rows, columns = len(quantities), len(tasks)
-    size = {"figsize": (9 if columns > 1 else 7, 1.2 + 2.6 * rows), "layout": "constrained"}
-    fig, axes = plt.subplots(rows, columns, sharex=True, squeeze=False, **size)
-    labels = {}
-    for column, task in enumerate(tasks):
-        for axis, (quantity, label) in zip(axes[:, column], quantities.items(), strict=True):
-            for variant, runs in results[task].items():
-                steps, color = runs[0]["global_step"] / 1_000, STYLES[variant][1]
-                curves = np.array([run[quantity] for run in runs])
-                (line,) = axis.plot(steps, curves.mean(0), color=color, linewidth=1.8)
-                axis.plot(steps, curves.T, color=color, alpha=0.35, linewidth=0.6)
-                labels[name(study, variant)] = line
-            if quantity == "return_mean":
-                line = axis.axhline(demonstrated_return(task), color="black", linestyle=":")
-                labels["demonstrations"] = line
-            axis.set_ylabel(label if column == 0 else "")
-            axis.grid(alpha=0.3)
-        axes[0, column].set_title(task if columns > 1 else "")
-        axes[-1, column].set_xlabel("environment steps, in thousands")
-    labels["demonstrations"] = labels.pop("demonstrations")  # last
-    fig.legend(labels.values(), labels, loc="outside lower center", ncols=3 if columns > 1 else 2, fontsize=8)
-    FIGURES.mkdir(exist_ok=True)
-    path = FIGURES / f"{study}.png"
-    fig.savefig(path, dpi=150, metadata={"Software": None})
-    return path
+def profile(tasks, thresholds) -> np.ndarray:
+    """The share of runs that score higher than each threshold."""
+    return (np.concatenate(tasks)[:, None] > thresholds).mean(0)
+
+
+def bootstrap(statistic, *groups, repetitions=2_000) -> np.ndarray:
+    """The 95 % interval of statistic(*groups), with the seeds of each task drawn anew, by percentiles."""
+    rng = np.random.default_rng(0)
+    values = [
+        statistic(*([rng.choice(scores, len(scores)) for scores in tasks] for tasks in groups))
+        for _ in range(repetitions)
+    ]
+    return np.percentile(values, [2.5, 97.5], axis=0)
+
+
+# RESULTS
+
+
+def load(study: Study, results: Path) -> dict[str, dict[str, dict[int, np.ndarray]]]:
+    """The finished runs by task, variant and seed, a structured array each."""
+    runs = {}
+    for env_id in study.tasks:
+        for key, variant in study.variants.items():
+            for seed in variant.seeds:
+                path = result(results, study.name, key, env_id, seed)
+                if path.exists():
+                    table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
+                    runs.setdefault(task_name(env_id), {}).setdefault(key, {})[seed] = table
+    return runs
+
+
+def algorithm(study: Study, key: str) -> str:
+    """`td3` for gild_td3, baselines.td3_il and so on."""
+    return study.variants[key].script.split(".")[-1].removeprefix("gild_").split("_")[0]
+
+
+def scores(runs, task, key, score=SECOND_HALF) -> np.ndarray:
+    return np.array([SCORES[score](run) for run in runs[task][key].values()])
+
+
+def normalised(study: Study, runs, score=SECOND_HALF) -> dict[str, list[np.ndarray]]:
+    """Each variant's scores with Expert = 100, an array per task. Only variants with a run on every task."""
+    tables = {}
+    for key in study.variants:
+        experts = [EXPERT.get(algorithm(study, key), {}).get(task) for task in runs]
+        if all(experts) and all(key in variants for variants in runs.values()):
+            pairs = zip(runs, experts, strict=True)
+            tables[key] = [100 * scores(runs, task, key, score) / expert for task, expert in pairs]
+    return tables
+
+
+# TABLES
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def plain(number: float) -> str:
+    """Four digits, without an exponent: 11161, 853.2, 0.01234."""
+    return f"{number:.0f}" if abs(number) >= 1_000 else f"{number:.4g}"
+
+
+def summary(values) -> str:
+    """Mean ± std over seeds; of three or more also the mean's 95 % interval, which two make useless."""
+    text, mean = plain(np.mean(values)), np.mean(values)
+    if len(values) > 1:
+        text += f" ± {plain(np.std(values, ddof=1))}"
+    if len(values) > 2:
+        text += f" [{plain(mean - half_width(values))}, {plain(mean + half_width(values))}]"
+    return text
+
+
+def paper_score(row: str | None, task: str) -> str:
+    row = (row or "").removesuffix("+1%ws")
+    return (
+        TABLE1[row].split()[TASKS.index(task)].replace("±", " ± ") if row in TABLE1 and task in TASKS else ""
+    )
+
+
+def score_table(study: Study, runs) -> str:
+    """The layout of the paper's Table 1, a row per task and variant."""
+    lines = []
+    for task, variants in runs.items():
+        for key, seeds in variants.items():
+            cells = [task, study.variants[key].name, str(len(seeds))]
+            cells += [summary(scores(runs, task, key, score)) for score in study.scores]
+            lines.append([*cells, paper_score(study.variants[key].paper, task)])
+    head = ["task", "", "seeds", *study.scores, "best in the paper"]
+    if not any(line[-1] for line in lines):
+        head, lines = head[:-1], [line[:-1] for line in lines]
+    return markdown(head, lines)
+
+
+def difference_table(study: Study, runs, baseline: str) -> str:
+    """Paired by seed against the baseline, in the mean over the second half."""
+    lines = []
+    for task, variants in runs.items():
+        for key in variants:
+            common = sorted(variants[key].keys() & variants.get(baseline, {}).keys())
+            if key == baseline or not common:
+                continue
+            a, b = ([SCORES[SECOND_HALF](variants[k][seed]) for seed in common] for k in (key, baseline))
+            gain = np.subtract(a, b)
+            interval = f" ± {plain(half_width(gain))}" if len(gain) > 1 else ""
+            each = ", ".join(map(plain, gain))
+            better = f"{improvement([np.array(a)], [np.array(b)]):.2f}"
+            lines.append([task, study.variants[key].name, f"{plain(gain.mean())}{interval}", each, better])
+    head = ["task", "", f"minus {study.variants[baseline].name}", "each seed", "probability of improvement"]
+    return markdown(head, lines) if lines else ""
+
+
+def aggregate_table(study: Study, runs, baseline: str) -> str:
+    """Over tasks, normalised: interquartile mean and probability of improvement on the baseline."""
+    lines, tables = [], normalised(study, runs)
+    for key, tasks in tables.items():
+        cells = [
+            study.variants[key].name,
+            f"{np.mean([task.mean() for task in tasks]):.1f}",
+            f"{iqm(tasks):.1f}",
+        ]
+        several = max(map(len, tasks)) > 1
+        cells[-1] += " [{:.1f}, {:.1f}]".format(*bootstrap(iqm, tasks)) if several else ""
+        if baseline in tables and key != baseline:
+            other = tables[baseline]
+            cells.append(f"{improvement(tasks, other):.2f}")
+            cells[-1] += " [{:.2f}, {:.2f}]".format(*bootstrap(improvement, tasks, other)) if several else ""
+        lines.append([*cells, ""][:4])
+    versus = f"probability of improvement on {study.variants[baseline].name}"
+    return markdown(["", "mean", "interquartile mean", versus], lines) if lines else ""
+
+
+def time_table(study: Study, runs) -> str:
+    """The layout of the paper's Table 3: wall time as a ratio to the vanilla algorithm's."""
+    minutes, lines = {}, []  # per 100,000 steps, a mean over tasks and seeds
+    for key in study.variants:
+        tables = [run for variants in runs.values() for run in variants.get(key, {}).values()]
+        times = [
+            run["wall_time"][-1] / run["global_step"][-1] for run in tables if "wall_time" in run.dtype.names
+        ]
+        if times:
+            minutes[key] = np.mean(times) * 100_000 / 60
+    for key, time in minutes.items():
+        row, vanilla = study.variants[key].paper, algorithm(study, key)
+        ratio = f"{time / minutes[vanilla]:.2f}" if vanilla in minutes else ""
+        paper = f"{TABLE3[row] / TABLE3[vanilla.upper()]:.2f}" if ratio and row in TABLE3 else ""
+        lines.append([study.variants[key].name, plain(time), ratio, paper])
+    return (
+        markdown(["", "minutes per 100,000 steps", "ratio to vanilla", "ratio in the paper"], lines)
+        if lines
+        else ""
+    )
+
+
+def meta_loss_table(study: Study, runs) -> str:
+    """The layout of the paper's Table 2: a variant with --meta-loss intuitive beside the same one without."""
+    flags = {key: " ".join([variant.script, *variant.flags]) for key, variant in study.variants.items()}
+    lines = []
+    for task, variants in runs.items():
+        for intuitive in variants:
+            if "--meta-loss intuitive" not in flags[intuitive]:
+                continue
+            without = flags[intuitive].replace(" --meta-loss intuitive", "")
+            gain = next((key for key in variants if flags[key] == without), None)
+            cells = [task, study.variants[gain].name if gain else ""]
+            for key in (gain, intuitive):
+                cells.append(summary(scores(runs, task, key, "best evaluation")) if key else "")
+            paper = TABLE2.get(algorithm(study, intuitive)) if task == "Ant" else None
+            lines.append([*cells, "{}, {}".format(*paper) if paper else ""])
+    head = ["task", "", "meta-loss in Eq. (8)", "intuitive meta-loss", "in the paper (Ant)"]
+    return markdown(head, lines) if lines else ""
+
+
+# FIGURES
+
+COLORS = ["0.45", "tab:orange", "tab:blue", "tab:green", "tab:pink", "tab:red", "tab:purple", "tab:cyan"]
+COLORS += ["tab:brown", "black", "tab:olive", "gold"]
+matplotlib.rcParams["svg.hashsalt"] = "gild"  # the same figure is the same file
+
+
+def save_figure(fig, folder: Path, name: str) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
+    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    plt.close(fig)
+    return f"{folder.name}/{name}.png"
+
+
+def role(study: Study, key: str) -> str:
+    """A variant's name; with several algorithms RL stands for each, so that like variants have one color."""
+    several = len({algorithm(study, other) for other in study.variants}) > 1
+    name = study.variants[key].name
+    return name.replace(algorithm(study, key).upper(), "RL") if several else name
+
+
+def colors(study: Study) -> dict[str, str]:
+    roles = list(dict.fromkeys(role(study, key) for key in study.variants))
+    return {key: COLORS[roles.index(role(study, key)) % len(COLORS)] for key in study.variants}
+
+
+def line_style(study: Study, key: str) -> str:
+    """Algorithms differ in it where they share a panel."""
+    algorithms = list(dict.fromkeys(algorithm(study, other) for other in study.variants))
+    return ["-", "--", ":", "-."][algorithms.index(algorithm(study, key)) % 4]
+
+
+def seeds_of(runs) -> str:
+    counts = sorted({len(seeds) for variants in runs.values() for seeds in variants.values()})
+    if counts == [1]:
+        return "one seed"
+    return f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
+
+
+def demonstrated_return(task: str, algo: str) -> float | None:
+    path = ROOT / "demos" / f"{task}-{algo}.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(str(file["metadata"])).get("return_mean")
+
+
+def curves(study: Study, runs, folder: Path) -> str:
+    """A panel per task, algorithm and quantity: mean and its 95 % band, each seed thin."""
+    algorithms = list(dict.fromkeys(algorithm(study, key) for key in study.variants))
+    cells = [
+        (task, algo, panel)
+        for panel in study.panels
+        for task in runs
+        for algo in algorithms
+        if any(algorithm(study, key) == algo for key in runs[task])
+    ]
+    per_panel = len(cells) // len(study.panels)
+    columns = min(3, per_panel) if per_panel > 1 else min(2, len(cells))
+    rows = -(-len(cells) // columns)
+    size = {"figsize": (9, 1.2 + (2.7 if columns > 1 else 4) * rows), "layout": "constrained"}
+    fig, axes = plt.subplots(rows, columns, squeeze=False, **size)
+    labels, color = {}, colors(study)
+    for axis, (task, algo, panel) in zip(axes.flat, cells, strict=False):
+        for key in [key for key in runs[task] if algorithm(study, key) == algo]:
+            tables = list(runs[task][key].values())
+            if panel not in tables[0].dtype.names:
+                continue
+            length = min(map(len, tables))
+            steps = tables[0]["global_step"][:length] / 1_000
+            values = np.array([table[panel][:length] for table in tables])
+            (line,) = axis.plot(steps, values.mean(0), color=color[key], linewidth=1.8, zorder=3)
+            labels.setdefault(role(study, key), line)
+            if len(values) > 1:
+                axis.plot(steps, values.T, color=color[key], alpha=0.3, linewidth=0.5)
+                rng = np.random.default_rng(0)
+                drawn = values[rng.integers(len(values), size=(1_000, len(values)))].mean(1)
+                axis.fill_between(
+                    steps, *np.percentile(drawn, [2.5, 97.5], 0), color=color[key], alpha=0.12, linewidth=0
+                )
+        level = demonstrated_return(task, algo) if panel == "return_mean" else None
+        if level is not None:
+            labels["demonstrations"] = axis.axhline(level, color="black", linestyle=":", linewidth=1)
+        axis.set_title(f"{task}, {algo.upper()}" if len(algorithms) > 1 else task, fontsize=10)
+        axis.set_ylabel(PANELS[panel])
+        axis.set_xlabel("environment steps, in thousands", fontsize=9)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(cells) :]:
+        axis.remove()
+    if "demonstrations" in labels:
+        labels["demonstrations"] = labels.pop("demonstrations")  # last
+    fig.legend(
+        labels.values(), labels, loc="outside lower center", ncols=2 if len(labels) < 9 else 3, fontsize=9
+    )
+    path = save_figure(fig, folder, study.name)
+    caption = f"Thick: mean over {seeds_of(runs)}; thin: each seed; band: 95 % bootstrap interval of the mean"
+    caption = "One seed" if seeds_of(runs) == "one seed" else caption
+    return f"![{study.name}: learning curves]({path})\n\n*{caption}; dotted: the demonstrations' return.*\n"
+
+
+def aggregate_figure(study: Study, runs, folder: Path) -> str:
+    """Left the layout of the paper's Figure 3, normalised scores; right the performance profile."""
+    tables = normalised(study, runs)
+    if len(tables) < 2:
+        return ""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 1.6 + 0.3 * len(tables)), layout="constrained")
+    color = colors(study)
+    thresholds = np.linspace(0, max(100, max(max(map(max, tasks)) for tasks in tables.values())), 101)
+    for place, (key, tasks) in enumerate(tables.items()):
+        value = iqm(tasks)
+        left.barh(place, value, color=color[key], height=0.7)
+        share = profile(tasks, thresholds)
+        right.plot(thresholds, share, color=color[key], linestyle=line_style(study, key), linewidth=1.8)
+        if max(map(len, tasks)) > 1:
+            low, high = bootstrap(iqm, tasks)
+            left.plot([low, high], [place, place], color="black", linewidth=1.5)
+            band = bootstrap(lambda tasks: profile(tasks, thresholds), tasks)
+            right.fill_between(thresholds, *band, color=color[key], alpha=0.1, linewidth=0)
+    left.set_yticks(range(len(tables)), [study.variants[key].name for key in tables], fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel("interquartile mean, Expert = 100", fontsize=9)
+    right.set_xlabel("normalised score, Expert = 100", fontsize=9)
+    right.set_ylabel("share of runs above it", fontsize=9)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    path = save_figure(fig, folder, f"{study.name}-scores")
+    caption = f"{SECOND_HALF.capitalize()}, {', '.join(runs)}, {seeds_of(runs)}"
+    caption += "" if seeds_of(runs) == "one seed" else "; black lines and bands: 95 % bootstrap intervals"
+    return f"![{study.name}: normalised scores]({path})\n\n*{caption}; right in the bars' colors.*\n"
+
+
+def warm_start_figure(study: Study, runs, folder: Path) -> str:
+    """The layout of the paper's Figure 5: the best evaluation against the share of the run with GILD."""
+    groups = {}  # variants that differ in --ws-frac alone
+    for key, variant in study.variants.items():
+        if "--ws-frac" in variant.flags:
+            at = variant.flags.index("--ws-frac")
+            rest = variant.script, *variant.flags[:at], *variant.flags[at + 2 :]
+            groups.setdefault(rest, {})[key] = 100 * float(variant.flags[at + 1])
+    groups = [group for group in groups.values() if len(group) >= 3]
+    if not groups:
+        return ""
+    fig, axes = plt.subplots(
+        1, len(runs), figsize=(max(5, 3 * len(runs)), 3), squeeze=False, layout="constrained"
+    )
+    for axis, (task, variants) in zip(axes[0], runs.items(), strict=True):
+        for group in groups:
+            keys = sorted((key for key in group if key in variants), key=group.get)
+            values = [scores(runs, task, key, "best evaluation") for key in keys]
+            error = [half_width(v) if len(v) > 1 else 0 for v in values]
+            axis.errorbar(
+                [group[key] for key in keys],
+                [v.mean() for v in values],
+                error,
+                marker="o",
+                capsize=3,
+                label=algorithm(study, keys[0]).upper() if keys else None,
+            )
+        axis.set_xscale("log")
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("iterations with GILD, % of the steps", fontsize=9)
+        axis.set_ylabel("best evaluation", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    path = save_figure(fig, folder, f"{study.name}-warm-start")
+    return f"![{study.name}: warm start]({path})\n\n*Mean over {seeds_of(runs)} and its 95 % interval (t).*\n"
 
 
 @dataclass
 class Args:
-    study: tyro.conf.Positional[str]  # headline, point2d, hopper or demonstrations
+    study: tyro.conf.Positional[str]  # a study's name, or its TOML file
+    baseline: str | None = None  # the variant to compare the others with; None: the study's
+    results: Path = RESULTS  # folder of the results
+    figures: Path = ROOT / "benchmark" / "figures"  # folder of the figures
 
 
 def main(args: Args):
-    results = load(args.study)
-    if not results:
-        sys.exit(f"{args.study} has no results yet: python -m benchmark.study {args.study}")
-    print(table(args.study, results))
-    if args.study in QUANTITIES:
-        print(figure(args.study, results))
+    path = Path(args.study)
+    if path.suffix != ".toml":
+        path = Path("benchmark/studies", f"{path}.toml")
+    study = load_study(path if path.exists() else ROOT / path)
+    baseline = args.baseline or study.baseline
+    for what, names, allowed in (
+        ("variant", [baseline], study.variants),
+        ("score", study.scores, SCORES),
+        ("panel", study.panels, PANELS),
+    ):
+        for name in names:
+            if name not in allowed:
+                raise InputError(f"{study.name} has no {what} {name!r}, only {', '.join(allowed)}")
+    runs = load(study, args.results)
+    if not runs:
+        raise InputError(
+            f"{study.name} has no results yet: python -m benchmark.sweep benchmark/studies/{path}.toml"
+        )
+    sections = {
+        "Mean ± std over seeds [95 % interval of the mean, t; of three seeds or more]": score_table(
+            study, runs
+        ),
+        f"Paired differences by seed, {SECOND_HALF}, ± 95 % interval (t)": difference_table(
+            study, runs, baseline
+        ),
+        f"Over {', '.join(runs)}: {SECOND_HALF}, Expert = 100 [95 % bootstrap]": aggregate_table(
+            study, runs, baseline
+        ),
+        "Meta-loss (the paper's Table 2): best evaluation": meta_loss_table(study, runs),
+        "Run time (the paper's Table 3)": time_table(study, runs),
+        "Learning curves": curves(study, runs, args.figures),
+        "Normalised scores (the paper's Figure 3, right)": aggregate_figure(study, runs, args.figures),
+        "Warm start (the paper's Figure 5)": warm_start_figure(study, runs, args.figures),
+    }
+    for title, text in sections.items():
+        if text:
+            print(f"**{title}**\n\n{text}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args)
