@@ -1,0 +1,343 @@
+"""The statistics against independent computations, reports of made-up results, and the pieces of Figure 4."""
+
+import itertools
+import json
+import math
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+from baselines import sac
+from benchmark import figure4, report, sweep
+from benchmark.report import bootstrap, half_width, improvement, iqm, profile, t_quantile
+from tests.conftest import ROOT, call
+
+TOML = """
+seeds = 3
+panels = ["return_mean", "f_slope"]
+[tasks]
+Hopper-v4 = 40_000
+Walker2d-v4 = 40_000
+[variants]
+td3 = { run = "baselines.td3", name = "TD3", paper = "TD3" }
+td3-gild-1 = { run = "gild_td3 --ws-frac 0.01", name = "TD3+GILD 1 %", paper = "TD3+GILD+1%ws" }
+td3-gild-10 = { run = "gild_td3 --ws-frac 0.1", name = "TD3+GILD 10 %", seeds = [2] }
+td3-gild = { run = "gild_td3 --ws-frac 1", name = "TD3+GILD", paper = "TD3+GILD" }
+intuitive = { run = "gild_td3 --ws-frac 1 --meta-loss intuitive", name = "intuitive" }
+"""
+# a run's evaluations, and what is added to them on the second task
+RETURNS = {
+    "td3": ([0, 100, 200, 300], [0, 100, 300, 500], [0, 0, 0, 1000]),
+    "td3-gild-1": ([0, 300, 500, 400], [0, 100, 700, 500], [0, 0, 900, 900]),
+    "td3-gild-10": (None, [9, 9, 9, 9], None),
+    "td3-gild": ([0, 400, 600, 400], None, None),
+    "intuitive": ([0, 500, 100, 100], None, None),
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study with results of every kind: older ones without the newer columns, and missing ones."""
+    path = tmp_path / "made.toml"
+    path.write_text(TOML)
+    for key, seeds in RETURNS.items():
+        for seed, returns in enumerate(seeds, 1):
+            for env_id, more in (("Hopper-v4", 0), ("Walker2d-v4", 1000)):
+                if returns:
+                    write_result(tmp_path, key, env_id, seed, np.add(returns, more), old=key == "intuitive")
+    return path
+
+
+def write_result(results, key, env_id, seed, returns, old):
+    columns = ["global_step", "return_mean", "return_std", "q_mean", "sparse_return", "imitation_distance"]
+    columns += ["f_slope", "wall_time"]
+    columns = columns[:6] if old else columns
+    rows = [",".join(columns)]
+    for i, value in enumerate(returns, 1):
+        numbers = [10_000 * i, value, 1, "nan", value / 2, 0.1, 0.2, i * 100 * (1 + key.endswith("gild"))]
+        rows.append(",".join(map(str, numbers[: len(columns)])))
+    sweep.write(sweep.result(results, "made", key, env_id, seed), "\n".join(rows).encode())
+
+
+def run_report(study, *flags):
+    return call_tool(
+        report, str(study), "--results", study.parent, "--figures", study.parent / "figures", *flags
+    )
+
+
+class Tool:
+    """What conftest's `call` needs to run a tool's command line as it runs a script's."""
+
+    def __init__(self, module):
+        self.__name__, self.train, self.Args, self.received_signals = (
+            module.__name__,
+            module.main,
+            module.Args,
+            [],
+        )
+
+    def main(self, main, args):
+        from evaluate import command_line
+
+        command_line(main, args)
+
+
+def call_tool(module, *flags):
+    return call(Tool(module), *flags)
+
+
+def rows_of(text, title):
+    lines = text.split(f"**{title}")[1].split("\n\n")[1].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+# STATISTICS
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (60, 2.000)]
+)
+def test_students_t(freedom, expected):
+    assert abs(t_quantile(freedom) - expected) < 2e-3
+
+
+def test_the_interval_of_a_mean():
+    assert abs(half_width([1.0, 2.0, 3.0]) - 4.303 / math.sqrt(3)) < 1e-3
+
+
+def test_interquartile_mean():
+    """Eight runs over two tasks: the two lowest and the two highest of all do not count."""
+    assert iqm([np.array([-99.0, 1, 2, 3]), np.array([4.0, 5, 100, 200])]) == (2 + 3 + 4 + 5) / 4
+    assert iqm([np.array([1.0, 2, 6])]) == 3  # a quarter of three runs is none
+
+
+def test_probability_of_improvement():
+    """Of all pairs the share won, a tie being half a win; mean over the tasks."""
+    x, y = [np.array([1.0, 2, 3]), np.array([5.0])], [np.array([2.0, 0]), np.array([6.0, 1])]
+    wins = [
+        [(a > b) + (a == b) / 2 for a, b in itertools.product(xs, ys)] for xs, ys in zip(x, y, strict=True)
+    ]
+    expected = np.mean([np.mean(won) for won in wins])
+    assert improvement(x, y) == expected == (4.5 / 6 + 1 / 2) / 2
+    assert improvement(y, x) == 1 - expected and improvement(x, x) == 0.5
+
+
+def test_performance_profile():
+    tasks = [np.array([10.0, 20]), np.array([20.0, 40])]
+    assert profile(tasks, np.array([0, 10, 20, 39, 40])).tolist() == [1, 0.75, 0.25, 0.25, 0]
+
+
+def test_bootstrap_is_stratified():
+    """Every task keeps its number of runs: tasks of equal runs leave nothing to chance."""
+    tasks = [np.full(3, 1.0), np.full(5, 100.0)]
+    assert bootstrap(lambda t: np.concatenate(t).mean(), tasks, repetitions=50).tolist() == [62.875, 62.875]
+
+
+def test_bootstrap_against_all_resamples():
+    """Of three runs there are 27 resamples; the percentiles of their means are known."""
+    scores = np.array([0.0, 1.0, 5.0])
+    means = [np.mean(draw) for draw in itertools.product(scores, repeat=3)]
+    expected = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
+    assert np.allclose(bootstrap(lambda t: t[0].mean(), [scores], repetitions=4_000), expected)
+    low, high = bootstrap(improvement, [scores], [scores + 0.5])
+    assert 0 <= low < improvement([scores], [scores + 0.5]) < high <= 1
+
+
+# THE REPORT
+
+
+def test_scores_of_a_run():
+    run = np.array([(1.0,), (7.0,), (2.0,), (3.0,), (5.0,), (4.0,)], dtype=[("return_mean", float)])
+    values = {
+        name: report.SCORES[name](run) for name in report.SCORES if "return" not in name and "mean" in name
+    }
+    assert values["mean of the last five"] == 4.2 and values["mean of the second half"] == 4
+    assert report.SCORES["best evaluation"](run) == 7 and report.SCORES["last evaluation"](run) == 4
+
+
+def test_report_of_made_up_results(study):
+    code, out, err = run_report(study)
+    assert (code, err) == (0, "")
+    table = {(row[0], row[1]): row[2:] for row in rows_of(out, "Mean ± std")[1:]}
+    assert len(table) == 10
+    best = [300, 500, 1000]
+    low, high = np.mean(best) - half_width(best), np.mean(best) + half_width(best)
+    assert table["Hopper", "TD3"][:2] == ["3", f"600 ± {np.std(best, ddof=1):.1f} [{low:.1f}, {high:.0f}]"]
+    assert (
+        table["Hopper", "TD3"][-1] == "1320.8 ± 413.9"
+        and table["Walker2d", "TD3+GILD 1 %"][-1] == "4113.6 ± 280.5"
+    )
+    assert table["Hopper", "TD3+GILD 10 %"] == ["1", "9", "9", "9", ""]  # one seed: no interval
+
+    paired = {(row[0], row[1]): row[2:] for row in rows_of(out, "Paired differences")[1:]}
+    gain = [450 - 250, 600 - 400, 900 - 500]  # means of the second half
+    assert paired["Hopper", "TD3+GILD 1 %"][:2] == [
+        f"{np.mean(gain):.1f} ± {half_width(gain):.1f}",
+        "200, 200, 400",
+    ]
+    assert paired["Walker2d", "TD3+GILD 10 %"] == ["-391", "-391", "0.00"]  # seed 2 with seed 2
+
+    over = {row[0]: row[1:] for row in rows_of(out, "Over Hopper, Walker2d")[1:]}
+    expert = np.array([3564, 4683])
+    scores = 100 * np.array([[250, 400, 500], [1250, 1400, 1500]]) / expert[:, None]
+    low, high = bootstrap(iqm, list(scores))
+    assert over["TD3"] == [f"{scores.mean():.1f}", f"{iqm(list(scores)):.1f} [{low:.1f}, {high:.1f}]", ""]
+
+    meta = rows_of(out, "Meta-loss")[1:]
+    assert meta == [["Hopper", "TD3+GILD", "600", "500", ""], ["Walker2d", "TD3+GILD", "1600", "1500", ""]]
+    times = {row[0]: row[1:] for row in rows_of(out, "Run time")[1:]}
+    assert times["TD3+GILD"] == ["33.33", "2.00", "2.07"] and times["TD3+GILD 1 %"] == [
+        "16.67",
+        "1.00",
+        "1.04",
+    ]
+    assert "intuitive" not in times  # its results have no times
+    for name in ("made", "made-scores", "made-warm-start"):
+        assert f"(figures/{name}.png)" in out
+        assert (study.parent / f"figures/{name}.png").stat().st_size > 10_000
+        assert (study.parent / f"figures/{name}.svg").read_text().startswith("<?xml")
+    assert "mean over 1 to 3 seeds" in out
+
+
+def test_another_baseline(study):
+    code, out, _ = run_report(study, "--baseline", "td3-gild-1")
+    assert code == 0
+    paired = {(row[0], row[1]): row[2:] for row in rows_of(out, "Paired differences")[1:]}
+    assert paired["Hopper", "TD3"][1] == "-200, -200, -400"
+    assert ("Hopper", "TD3+GILD 1 %") not in paired
+
+
+def test_one_task_seed_and_variant(tmp_path):
+    path = tmp_path / "made.toml"
+    path.write_text("seeds = 1\n[tasks]\nPendulum-v1 = 100\n[variants]\na = { run = 'baselines.ppo' }\n")
+    sweep.write(tmp_path / "made/a-Pendulum-1.csv", b"global_step,return_mean,return_std\n100,-5,1\n")
+    code, out, err = run_report(path)
+    assert (code, err) == (0, "")
+    assert rows_of(out, "Mean ± std")[1:] == [["Pendulum", "a", "1", "-5", "-5", "-5"]]
+    assert "Expert" not in out and "*One seed;" in out
+
+
+def test_the_committed_results_are_readable(tmp_path):
+    """Every study in benchmark/results/ has its TOML, and a report."""
+    studies = {path.name for path in (ROOT / "benchmark/results").iterdir()}
+    assert studies <= {path.stem for path in (ROOT / "benchmark/studies").glob("*.toml")}
+    assert {"hopper", "demonstrations"} <= studies
+    code, out, err = call_tool(report, "hopper", "--figures", tmp_path)
+    assert (code, err) == (0, "")
+    best = {row[1]: row[3] for row in rows_of(out, "Mean ± std")[1:]}
+    assert best["TD3+GILD for 10,000 iterations, (B)"].startswith("814.5") and len(best) == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["hoper"], "there is no study"),
+        (["hopper", "--baseline", "td4"], "hopper has no variant 'td4', only td3,"),
+        (["hopper", "--results", "empty"], "hopper has no results yet: python -m benchmark.sweep"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words, tmp_path):
+    code, out, err = call_tool(report, *flags)
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# FIGURE 4
+
+FIGURE = """
+seeds = 1
+flags = "--learning-starts 64 --batch-size 64 --eval-frequency 100 --eval-episodes 1 --buffer-size 1000"
+[tasks]
+Point2D-v0 = 300
+[variants]
+ddpg = { run = "baselines.ddpg" }
+ddpg-il = { run = "baselines.ddpg_il" }
+ddpg-gild = { run = "gild_ddpg --ws-frac 1 --gild-init random" }
+sac-il = { run = "baselines.sac_il" }
+sac-gild = { run = "gild_sac --ws-frac 1 --gild-init random" }
+"""
+
+
+def test_figure4_from_short_runs(tmp_path):
+    study = tmp_path / "tiny.toml"
+    study.write_text(FIGURE)
+    flags = ["--study", study, "--cells", 3, "--episodes", 1, "--figures", tmp_path]
+    code, _, err = call_tool(figure4, *flags)
+    assert code == 2 and err.count("\n") == 1
+    assert "no finished ddpg, ddpg-il, ddpg-gild, sac-il, sac-gild" in err and f"sweep {study}" in err
+    for run in sweep.runs_of(sweep.load_study(study)):
+        assert call(import_module(run.script), *run.flags)[0] == 0
+    code, _, err = call_tool(figure4, *flags)
+    assert code == 0, err
+    assert (tmp_path / "figure4.png").stat().st_size > 50_000
+
+    paths = figure4.trajectories(figure4.find_runs(study, 1)["ddpg"][1])
+    assert list(paths) == [100, 200, 300] and all((path[0] == 0).all() for path in paths.values())
+    assert all(0.01 < np.abs(np.diff(path, axis=0)).max() <= 0.1 + 1e-9 for path in paths.values())
+
+
+def test_principal_plane():
+    """The two directions in which the points lie farthest from the last one."""
+    points = np.random.default_rng(0).normal(size=(20, 6)) * (5, 4, 3, 2, 1, 1) + np.arange(20)[:, None] / 4
+    origin, directions = figure4.principal_plane(points)
+    differences = points - points[-1]
+    _, vectors = np.linalg.eigh(differences.T @ differences)
+    assert (origin == points[-1]).all()
+    assert np.allclose(np.abs(directions @ vectors), np.eye(6)[[5, 4]], atol=1e-6)
+
+
+def test_surface_is_that_of_the_plane(tmp_path, monkeypatch):
+    """With the coordinates of a policy in the plane for its return."""
+    script = import_module("baselines.ddpg")
+    flags = "--env-id Point2D-v0 --total-timesteps 260 --learning-starts 64 --batch-size 64 --no-cuda"
+    flags += " --eval-frequency 50 --eval-episodes 1 --buffer-size 1000 --keep-policies"
+    assert call(script, *flags.split())[0] == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    points = [
+        torch.cat([w.flatten() for w in weights.values()]) for weights in figure4.policies(run_dir).values()
+    ]
+    origin, directions = figure4.principal_plane(torch.stack(points).double().numpy())
+
+    def rollout(actor, *more, **settings):
+        point = torch.cat([weight.detach().flatten() for weight in actor.parameters()]).double().numpy()
+        while True:
+            yield {"rewards": directions @ (point - origin) * (1, 100)}
+
+    monkeypatch.setattr(figure4, "rollout", rollout)
+    x, y, returns, path = figure4.surface(run_dir, 4, 2, figure4.tqdm(disable=True))
+    assert np.allclose(returns, x[None] + 100 * y[:, None], atol=1e-4)
+    assert np.allclose(path, [directions @ (point.double().numpy() - origin) for point in points])
+    assert len(path) == 6 and np.allclose(path[-1], 0)
+    assert (x[0] < path[:, 0]).all() and (path[:, 0] < x[-1]).all() and (y[0] < path[:, 1]).all()
+
+
+def test_kl_divergence_against_samples():
+    """E [log pi(a|s) - log b(a|s)], a ~ pi, with SAC's own squashed densities."""
+    torch.manual_seed(0)
+    actor, behavior, obs = sac.Actor(2, 2), sac.Actor(2, 2), torch.randn(5, 2)
+    with torch.no_grad():
+        for parameter in behavior.parameters():
+            parameter *= 1.3  # another width, so that the divergence has a direction
+        mean, log_std = actor.gaussian(obs)
+        u = mean + log_std.exp() * torch.randn(40_000, 5, 2)
+        logs = [policy.log_density(u, *policy.gaussian(obs)) for policy in (actor, behavior)]
+    expected = (logs[0] - logs[1]).mean()
+    assert abs(figure4.kl_divergence(actor, behavior, obs) / expected - 1) < 0.02
+    assert abs(figure4.kl_divergence(behavior, actor, obs) / expected - 1) > 0.2
+    assert figure4.kl_divergence(actor, actor, obs) == 0
+
+
+def test_behavior_trajectories_are_the_demonstrated_episodes():
+    with np.load(ROOT / "demos/Point2D-ddpg.npz") as file:
+        observations, metadata = file["observations"], json.loads(str(file["metadata"]))
+    episodes = figure4.behavior_trajectories("ddpg", count=10**6)
+    assert len([episode for episode in episodes if len(episode)]) == metadata["episodes"]
+    assert all((episode[0] == 0).all() for episode in episodes if len(episode))
+    assert (np.concatenate(episodes) == observations).all()
+
+
+def test_smoothing():
+    assert figure4.smooth(np.array([0.0, 3, 6, 3, 0]), 3).tolist() == [1.5, 3, 4, 3, 1.5]
+    assert figure4.smooth(np.ones(3), 5).tolist() == [1, 1, 1]
