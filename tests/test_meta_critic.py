@@ -357,13 +357,13 @@ def test_a_diff_with_the_vanilla_script_shows_meta_critic(algorithm):
     start = next(i for i, line in enumerate(vanilla) if line.startswith("def actor_gradient"))
     end = next(i for i, line in enumerate(vanilla) if line.startswith("def step"))
     gone = [line for line in vanilla[:start] + vanilla[end:] if line not in ours]
-    words = ["bf16:", "learning_rate:", "update_critic, update_actor = critic_gradient", "update_actor(actor"]
-    assert len(gone) == 4 and all(word in line for word, line in zip(words, gone, strict=True))
+    words = ["learning_rate:", "update_critic, update_actor = critic_gradient", "update_actor(actor"]
+    assert len(gone) == 3 and all(word in line for word, line in zip(words, gone, strict=True))
 
 
 def test_arguments_are_those_of_the_vanilla_script(algorithm):
     a, b = (arguments(f"baselines/{form}{algorithm}.py") for form in ("", "meta_critic_"))
-    assert {name for name in a if a[name] != b[name]} == {"bf16", "learning_rate"}
+    assert {name for name in a if a[name] != b[name]} == {"learning_rate"}
     own = [arguments(f"baselines/meta_critic_{other}.py") for other in ALGORITHMS]
     assert all(b[name] == other[name] for other in own for name in b.keys() - a.keys())
     assert b.keys() - a.keys() == {"meta_lr", "meta_weight_decay", "meta_obs_action", "look_ahead"}
