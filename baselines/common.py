@@ -94,10 +94,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
-        try:
-            self.rows = torch.empty(capacity, sum(self.widths), device=device)
-        except RuntimeError as error:  # out of memory
-            raise InputError(f"--buffer-size {capacity}: {str(error).splitlines()[0]}") from None
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.added = 0
 
     def add(self, obs, action, reward, next_obs, terminated):
@@ -186,7 +183,7 @@ def check(args):
     for field in fields(args):
         name, value = field.name, getattr(args, field.name)
         low = 1 if field.type is int and name not in ("seed", "learning_starts") else 0
-        high = {"gamma": 1, "tau": 1, "ws_frac": 1, "seed": 2**31, "torch_threads": 1024}.get(name, 1e12)
+        high = {"gamma": 1, "tau": 1, "ws_frac": 1, "torch_threads": 1_000}.get(name, 1e9)
         if type(value) in (int, float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
     if args.batch_size > args.learning_starts:
@@ -244,9 +241,8 @@ def start_run(args, parts: dict, generators: list):
     if args.total_timesteps <= args.learning_starts:
         print("no update will be made: --total-timesteps does not exceed --learning-starts", file=sys.stderr)
     device = next(parts["actor"].parameters()).device
-    no_gpu = " (no GPU found)" if args.cuda and device.type == "cpu" else ""
     resumed = f", resumed from step {last_step:,}" if args.resume else ""
-    print(f"{run_dir} on {device}{no_gpu}{resumed}", flush=True)
+    print(f"{run_dir} on {device}{resumed}", flush=True)
     run_dir = run_dir.absolute()  # an environment may change the working directory
     return run_dir, SummaryWriter(run_dir, purge_step=last_step + 1), last_step, evaluations
 

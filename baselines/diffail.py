@@ -351,8 +351,6 @@ def train(args: Args) -> Path:
             action = env.action_space.sample()
         else:
             action = act(actor, obs, explore=True)
-        if not np.isfinite(action).all():
-            raise FloatingPointError(f"the action is not finite at step {global_step}; resume {run_dir}")
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # not `truncated`: bootstrap at the time limit
         obs, ended = next_obs, terminated or truncated

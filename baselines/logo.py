@@ -306,8 +306,6 @@ def train(args: Args) -> Path:
         if ended:
             obs, _ = env.reset()
         action = sample(actor, torch.as_tensor(obs, dtype=torch.float64, device=device))
-        if not np.isfinite(action).all():
-            raise FloatingPointError(f"the action is not finite at step {global_step}; resume {run_dir}")
         next_obs, reward, terminated, truncated, info = env.step(action.clip(-1, 1))
         end = 1 if terminated else 2 if truncated else 0
         rollout.add(obs, action, reward, next_obs, end)

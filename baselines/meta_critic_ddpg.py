@@ -280,8 +280,6 @@ def train(args: Args) -> Path:
         else:
             noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)
             action = (act(actor, obs) + noise).clip(-1, 1).astype(np.float32)
-        if not np.isfinite(action).all():
-            raise FloatingPointError(f"the action is not finite at step {global_step}; resume {run_dir}")
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # not `truncated`: bootstrap at the time limit
         obs, ended = next_obs, terminated or truncated

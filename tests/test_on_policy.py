@@ -721,7 +721,7 @@ def test_a_mistake_gets_one_line(script, mistake):
 def test_a_nan_is_reported_in_one_line(script, monkeypatch):
     monkeypatch.setattr(script, "sample", lambda actor, obs: np.full(2, np.nan))
     code, _, err = call(script, *flags_for(script).split())
-    assert code == 2 and len(err.splitlines()) == 1 and "the action is not finite at step 1" in err
+    assert code == 2 and len(err.splitlines()) == 1 and "action or reward not finite at step 1" in err
 
 
 @pytest.mark.parametrize("what", [0, 1], ids=["observation", "reward"])

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +110,26 @@ def results(study):
     return {variant: rows(path.read_text()) for variant, path in paths.items()}
 
 
+def training_of(study, variant) -> int:
+    """The process that trains a run: the child of the worker that its log names."""
+    worker = log(study, variant).split("process ")[-1].split()[0]
+    (child,) = (ROOT / f"/proc/{worker}/task/{worker}/children").read_text().split()
+    return int(child)
+
+
+def has_pending(pid, number) -> bool:
+    """Whether a signal waits for a process that is held by SIGSTOP."""
+    (mask,) = re.findall(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def is_alive(pid) -> bool:
+    path = Path(f"/proc/{pid}/stat")
+    with contextlib.suppress(OSError):
+        return path.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"  # what nobody has waited for
+    return False
+
+
 def test_a_study_whose_worker_is_killed(study, expected):
     """The kill also ends the training that the worker had started; the study goes on from its checkpoint."""
     process = start(study, "--jobs", "2")
@@ -133,7 +154,11 @@ def test_a_study_that_is_stopped_and_started_again(study, expected):
     """With one job the second run has not begun when the study is stopped."""
     process = start(study, "--jobs", "1")
     wait_for(lambda: has_checkpoint(study, "ddpg"), process)
+    child = training_of(study, "ddpg")
+    os.kill(child, signal.SIGSTOP)  # so that it does not end before the signal has reached it
     process.send_signal(signal.SIGTERM)
+    wait_for(lambda: has_pending(child, signal.SIGTERM), process)
+    os.kill(child, signal.SIGCONT)
     code, out, err = finish(process)
     assert code == 128 + signal.SIGTERM
     assert out.splitlines()[-1].startswith("to resume: python -m benchmark.sweep ")
@@ -144,20 +169,6 @@ def test_a_study_that_is_stopped_and_started_again(study, expected):
     assert code == 0, err
     assert "resumed from step" in log(study, "ddpg")
     assert results(study) == expected
-
-
-def training_of(study, variant) -> int:
-    """The process that trains a run: the child of the worker that its log names."""
-    worker = log(study, variant).split("process ")[-1].split()[0]
-    (child,) = (ROOT / f"/proc/{worker}/task/{worker}/children").read_text().split()
-    return int(child)
-
-
-def is_alive(pid) -> bool:
-    path = Path(f"/proc/{pid}/stat")
-    with contextlib.suppress(OSError):
-        return path.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"  # what nobody has waited for
-    return False
 
 
 def test_a_cluster_of_two_nodes_one_of_which_dies(study, expected):
