@@ -2,8 +2,9 @@
 
     python -m benchmark.cost
 
-The three learners take turns of 50 iterations on Hopper's shapes; each number is the median over the rounds.
-Then checkpoints with a full replay buffer of a million transitions are written.
+The three learners take turns of 50 iterations on Hopper's shapes, on the CPU, and on the GPU if there is one;
+each number is the median over the rounds. Then checkpoints with a full replay buffer of a million
+transitions are written.
 """
 
 import statistics
@@ -17,6 +18,9 @@ from pathlib import Path
 
 import torch
 import tyro
+
+ALGORITHMS = ("ddpg", "td3", "sac")
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @dataclass
@@ -32,7 +36,9 @@ class Learner:
     `compile` is torch.compile, or None; `changes` are changes to the script's Args.
     """
 
-    def __init__(self, algorithm: str, compile=None, obs_dim=11, action_dim=3, capacity=10_000, **changes):
+    def __init__(
+        self, algorithm: str, device="cpu", compile=None, obs_dim=11, action_dim=3, capacity=10_000, **changes
+    ):
         self.script = script = import_module(f"gild_{algorithm}")
         self.sac, self.args = algorithm == "sac", script.Args(cuda=False, **changes)
         self.actor, self.critic = script.Actor(obs_dim, action_dim), script.Critic(obs_dim, action_dim)
@@ -41,11 +47,13 @@ class Learner:
         self.networks["target_critic"] = self.target_critic
         if not self.sac:
             self.networks["target_actor"] = self.target_actor = deepcopy(self.actor)
+        for network in self.networks.values():
+            network.to(device)
         adam = partial(torch.optim.Adam, lr=self.args.learning_rate, fused=True)
         self.optimizers = {
             name: adam(self.networks[name].parameters()) for name in ("actor", "critic", "gild")
         }
-        self.buffer = script.ReplayBuffer(capacity, obs_dim, action_dim, torch.device("cpu"))
+        self.buffer = script.ReplayBuffer(capacity, obs_dim, action_dim, torch.device(device))
         self.buffer.rows.normal_()
         _, action, _, _, terminated = self.buffer.rows.split(self.buffer.widths, dim=1)
         action.uniform_(-1, 1)
@@ -57,7 +65,7 @@ class Learner:
             torch._inductor.config.fallback_random = True
             updates = map(compile, updates)
         self.update_critic, self.update_actor, self.update_gild = updates
-        self.alpha, self.log = [torch.tensor(0.2)] if self.sac else [], {}
+        self.alpha, self.log = [torch.tensor(0.2, device=device)] if self.sac else [], {}
 
     def step(self, name: str, grad: dict):
         self.script.step(self.optimizers[name], self.networks[name], grad)
@@ -78,7 +86,7 @@ class Learner:
             demo = self.buffer.sample(self.args.batch_size)[:2]
             val_obs = self.buffer.sample(self.args.batch_size)[0]
             inputs = [self.actor, self.critic, self.gild, obs, demo, val_obs]
-            inputs += [torch.randn(3, *action.shape)] if self.sac else []
+            inputs += [torch.randn(3, *action.shape, device=action.device)] if self.sac else []
             phi_grad, omega_grad, *_, log = self.update_gild(*inputs, *self.alpha, self.args)
             self.step("gild", omega_grad)
         else:
@@ -111,24 +119,32 @@ def checkpoint_seconds(obs_dim: int, action_dim: int) -> float:
     return statistics.median(seconds)
 
 
+def wait():
+    """Until the GPU is done, so that the clock has its work too."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def main(args: Args):
     torch.set_num_threads(args.threads)
-    learners = {algorithm: Learner(algorithm) for algorithm in ("ddpg", "td3", "sac")}
-    times = {(algorithm, with_gild): [] for algorithm in learners for with_gild in (False, True)}
+    learners = {(name, device): Learner(name, device) for device in DEVICES for name in ALGORITHMS}
+    times = {(learner, with_gild): [] for learner in learners for with_gild in (False, True)}
     for _ in range(args.rounds + 1):
-        for (algorithm, with_gild), taken in times.items():
+        for (learner, with_gild), taken in times.items():
             start = time.perf_counter()
             for number in range(args.iterations):
-                learners[algorithm].iterate(number, with_gild)
+                learners[learner].iterate(number, with_gild)
+            wait()
             taken.append((time.perf_counter() - start) / args.iterations * 1e3)
     print("| learner | vanilla, ms | with GILD, ms | ratio | a run with 1 % of GILD |")
     print("|---|---|---|---|---|")
-    for algorithm in learners:
-        vanilla, with_gild = (times[algorithm, kind][1:] for kind in (False, True))  # the first warms up
+    for learner in learners:
+        vanilla, with_gild = (times[learner, kind][1:] for kind in (False, True))  # the first warms up
         ratio = statistics.median(g / v for g, v in zip(with_gild, vanilla, strict=True))
-        milliseconds = f"{statistics.median(vanilla):.2f} | {statistics.median(with_gild):.2f}"
-        print(f"| {algorithm.upper()} | {milliseconds} | {ratio:.2f} | {0.99 + 0.01 * ratio:.3f} |")
-    between = 50_000 * statistics.median(times["td3", False][1:]) / 1e3  # the learner's part of it
+        medians = f"{statistics.median(vanilla):.2f} | {statistics.median(with_gild):.2f}"
+        name = f"{learner[0].upper()}, {learner[1]}"
+        print(f"| {name} | {medians} | {ratio:.2f} | {0.99 + 0.01 * ratio:.3f} |")
+    between = 50_000 * statistics.median(times[("td3", "cpu"), False][1:]) / 1e3  # the learner's part of it
     for task, dims in {"Hopper": (11, 3), "Ant": (111, 8)}.items():
         seconds = checkpoint_seconds(*dims)
         share = f"{seconds / between:.2%} of the {between:.0f} s of learning between two"

@@ -8,6 +8,7 @@ The runs' table: environment steps per second of a run that learns, everything i
 and those of Stable-Baselines3 and SBX if they are installed (benchmark/requirements.txt), with the same
 hyperparameters on the dense task. The cores' table: one run, or as many as there are cores, each with one
 thread or with as many threads as cores. Everything takes turns; the numbers are medians over the rounds.
+Where there is a GPU, the first two tables have its numbers too.
 """
 
 import os
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,10 +29,9 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmark.cost import Learner
+from benchmark.cost import ALGORITHMS, DEVICES, Learner, wait
 
 ROOT = Path(__file__).parents[1]
-ALGORITHMS = ("ddpg", "td3", "sac")
 START, SKIPPED = 1_000, 200  # random steps, and untimed iterations, which include the compilation
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 
@@ -69,15 +70,17 @@ def milliseconds(function, iterations: int) -> float:
     start = time.perf_counter()
     for _ in range(iterations):
         function()
+    wait()
     return (time.perf_counter() - start) / iterations * 1e3
 
 
 def learners_table(args: Args) -> str:
     """A row for each algorithm, eager and compiled."""
-    learners = {(a, c): Learner(a, torch.compile if c else None) for a in ALGORITHMS for c in (False, True)}
+    kinds = list(product(ALGORITHMS, DEVICES, (False, True)))
+    learners = {kind: Learner(*kind[:2], torch.compile if kind[2] else None) for kind in kinds}
     flops, parts = {}, {}
-    for (algorithm, compiled), learner in learners.items():
-        if not compiled:
+    for (algorithm, device, compiled), learner in learners.items():
+        if not flops.get((algorithm, "critic")):
             for with_gild in (False, True):
                 with FlopCounterMode(display=False) as counter:
                     learner.iterate(0, with_gild)
@@ -86,12 +89,12 @@ def learners_table(args: Args) -> str:
                 learner.step_critic()
             flops[algorithm, "critic"] = counter.get_total_flops()
         batch = learner.step_critic()
-        parts[algorithm, compiled, "critic"] = learner.step_critic
+        parts[algorithm, device, compiled, "critic"] = learner.step_critic
         for with_gild in (False, True):
-            parts[algorithm, compiled, with_gild] = partial(learner.step_actor, batch, with_gild)
-    matrices = torch.randn(2, 256, 256)
-    product = torch.empty(256, 256)
-    parts["sgemm"] = partial(torch.mm, *matrices, out=product)
+            parts[algorithm, device, compiled, with_gild] = partial(learner.step_actor, batch, with_gild)
+    for device in DEVICES:
+        a, b, out = torch.randn(3, 256, 256, device=device)
+        parts["sgemm", device] = partial(torch.mm, a, b, out=out)
     times = {key: [] for key in parts}
     for turn in range(args.rounds + 1):
         for key, part in parts.items():
@@ -99,22 +102,23 @@ def learners_table(args: Args) -> str:
             if turn:  # the first warms up, and compiles
                 times[key].append(taken)
     median = {key: statistics.median(taken) for key, taken in times.items()}
-    rate = 2 * 256**3 / median["sgemm"]  # flops per millisecond
+    rate = {device: 2 * 256**3 / median["sgemm", device] for device in DEVICES}  # flops per millisecond
     head = "learner | critic, ms | actor, ms | GILD adds, ms | iteration, ms | share of sgemm | with GILD"
     lines = [f"| {head} |", "|---|---|---|---|---|---|---|"]
-    for algorithm, compiled in learners:
-        every = getattr(learners[algorithm, compiled].args, "policy_frequency", 1)
-        critic, actor, gild = (median[algorithm, compiled, part] for part in ("critic", False, True))
+    for (algorithm, device, compiled), learner in learners.items():
+        every = getattr(learner.args, "policy_frequency", 1)
+        critic, actor, gild = (median[algorithm, device, compiled, part] for part in ("critic", False, True))
         vanilla, with_gild = critic + actor / every, critic + gild / every
-        cells = [f"{algorithm.upper()}, {'compiled' if compiled else 'eager'}"]
+        cells = [f"{algorithm.upper()}, {device}, {'compiled' if compiled else 'eager'}"]
         cells += [f"{ms:.2f}" for ms in (critic, actor / every, (gild - actor) / every, vanilla)]
         shares = []
         for kind, ms in ((False, vanilla), (True, with_gild)):
             work = flops[algorithm, "critic"] * (1 - 1 / every) + flops[algorithm, kind] / every
-            shares.append(f"{work / ms / rate:.0%}")
+            shares.append(f"{work / ms / rate[device]:.0%}")
         cells += [shares[0], f"{with_gild / vanilla:.2f} times as long, {shares[1]}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, f"\nsgemm: {rate / 1e6:.0f} GFLOP/s"])
+    rates = (f"{rate[device] / 1e6:.0f} GFLOP/s on {device}" for device in DEVICES)
+    return "\n".join([*lines, f"\nsgemm: {', '.join(rates)}"])
 
 
 def use_cores(count: int):
@@ -123,10 +127,13 @@ def use_cores(count: int):
         os.sched_setaffinity(0, CORES[-count:])
 
 
-def our_speed(args: Args, algorithm: str, ws_frac: int, compiled: bool, threads: int) -> float:
+def our_speed(
+    args: Args, algorithm: str, ws_frac: int, compiled: bool, threads: int, device: str = "cpu"
+) -> float:
     """Steps per second of a gild script, with GILD (ws_frac 1) or without (0)."""
     total = START + SKIPPED + args.steps
-    flags = f"""--env-id Hopper-v4 --no-cuda --torch-threads {threads} --ws-frac {ws_frac}
+    flags = f"""--env-id Hopper-v4 --torch-threads {threads} --ws-frac {ws_frac}
+    --{"" if device == "cuda" else "no-"}cuda
     --learning-starts {START} --total-timesteps {total} --eval-frequency {total} --eval-episodes 1
     --{"" if compiled else "no-"}compile"""
     with tempfile.TemporaryDirectory() as folder:
@@ -154,10 +161,12 @@ def other_speed(args: Args, algorithm: str, library: str) -> float:
 
 def runs_table(args: Args) -> str:
     """A row for each algorithm: steps per second."""
-    columns, kinds = {}, {"eager": False, "compiled": True}
-    for kind, compiled in kinds.items():
+    columns, kinds = {}, {}
+    for device in DEVICES:
+        kinds |= {f"eager, {device}": (False, device), f"compiled, {device}": (True, device)}
+    for kind, (compiled, device) in kinds.items():
         for ws_frac in (0, 1):
-            ours = partial(our_speed, ws_frac=ws_frac, compiled=compiled, threads=args.threads)
+            ours = partial(our_speed, ws_frac=ws_frac, compiled=compiled, threads=args.threads, device=device)
             columns[f"ws-frac {ws_frac}, {kind}"] = ours
     libraries = [library for library in ("stable_baselines3", "sbx") if find_spec(library)]
     for library in libraries:

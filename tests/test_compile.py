@@ -68,7 +68,7 @@ def test_a_hundred_compiled_updates(fresh_compiler, algorithm):
     learners = []
     for compile in (None, partial(torch.compile, backend="aot_eager_decomp_partition")):
         torch.manual_seed(0)
-        learners.append(Learner(algorithm, compile, batch_size=32))
+        learners.append(Learner(algorithm, compile=compile, batch_size=32))
         start = deepcopy(learners[-1].networks)
         for number in range(100):
             torch.manual_seed(number)
