@@ -148,14 +148,17 @@ def scores(runs, task, key, score=SECOND_HALF) -> np.ndarray:
 
 
 def normalised(study: Study, runs, score=SECOND_HALF) -> dict[str, list[np.ndarray]]:
-    """Each variant's scores with Expert = 100, an array per task. Only variants with a run on every task."""
+    """Each variant's scores with Expert = 100, an array per task. Only variants with a run on every task.
+
+    Empty where no variant has more than one run: there is nothing to aggregate.
+    """
     tables = {}
     for key in study.variants:
         experts = [EXPERT.get(algorithm(study, key), {}).get(task) for task in runs]
         if all(experts) and all(key in variants for variants in runs.values()):
             pairs = zip(runs, experts, strict=True)
             tables[key] = [100 * scores(runs, task, key, score) / expert for task, expert in pairs]
-    return tables
+    return tables if any(sum(map(len, tasks)) > 1 for tasks in tables.values()) else {}
 
 
 # TABLES
@@ -213,7 +216,7 @@ def difference_table(study: Study, runs, baseline: str) -> str:
             gain = np.subtract(a, b)
             interval = f" ± {plain(half_width(gain))}" if len(gain) > 1 else ""
             each = ", ".join(map(plain, gain))
-            better = f"{improvement([np.array(a)], [np.array(b)]):.2f}"
+            better = f"{improvement([np.array(a)], [np.array(b)]):.2f}" if len(gain) > 1 else ""
             lines.append([task, study.variants[key].name, f"{plain(gain.mean())}{interval}", each, better])
     head = ["task", "", f"minus {study.variants[baseline].name}", "each seed", "probability of improvement"]
     return markdown(head, lines) if lines else ""

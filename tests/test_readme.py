@@ -1,4 +1,4 @@
-"""The README's worked example runs as it stands, and the flags that the README names exist."""
+"""The worked example runs as it stands, and the flags that the READMEs name exist."""
 
 import ast
 import re
@@ -6,13 +6,15 @@ import re
 import gild_td3
 from tests.conftest import ROOT, call
 
-README = (ROOT / "README.md").read_text("utf-8")
+README, DEMOS, BENCHMARK = (
+    (ROOT / folder / "README.md").read_text("utf-8") for folder in (".", "demos", "benchmark")
+)
 
 
 def test_the_worked_example():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", DEMOS, re.DOTALL)
     (path,) = re.findall(r'save_demonstrations\("(.*?)"', example)
-    (command,) = re.findall(rf"^python gild_td3.py (.*{path}.*)$", README, re.MULTILINE)
+    (command,) = re.findall(rf"^python gild_td3.py (.*{path}.*)$", DEMOS, re.MULTILINE)
     exec(example, {})
     # the same command, only shorter, with larger steps: 300 iterations suffice to reach the hilltop
     shorter = "--learning-starts 500 --total-timesteps 800 --learning-rate 1e-3 --batch-size 64 --no-cuda"
@@ -34,9 +36,10 @@ def flags_of(path):
                     yield f"--no-{flag}"
 
 
-def test_the_flags_that_the_readme_names_exist():
+def test_the_flags_that_the_readmes_name_exist():
     folders = ".", "baselines", "benchmark", "demos", "tests"
     flags = {flag for folder in folders for path in (ROOT / folder).glob("*.py") for flag in flags_of(path)}
     assert {"--ws-frac", "--resume", "--kills", "--no-cuda"} <= flags
-    flags |= {"--help", "--logdir"}  # tyro's and TensorBoard's
-    assert set(re.findall(r"(?<![-\w])--[a-z][a-z0-9-]+", README)) <= flags
+    flags |= {"--help", "--logdir", "--head"}  # tyro's, TensorBoard's and Ray's
+    for text in (README, DEMOS, BENCHMARK):
+        assert set(re.findall(r"(?<![-\w])--[a-z][a-z0-9-]+", text)) <= flags
