@@ -139,8 +139,10 @@ def load(study: Study, results: Path) -> dict[str, dict[str, dict[int, np.ndarra
 
 
 def algorithm(study: Study, key: str) -> str:
-    """`td3` for gild_td3, baselines.td3_il and so on."""
-    return study.variants[key].script.split(".")[-1].removeprefix("gild_").split("_")[0]
+    """The algorithm that a variant builds on: `td3` for gild_td3, td3_il, meta_critic_td3."""
+    script = study.variants[key].script.split(".")[-1]
+    base = {"diffail": "sac", "logo": "ppo"}
+    return base.get(script) or next(name for name in ("ddpg", "td3", "sac", "ppo", script) if name in script)
 
 
 def scores(runs, task, key, score=SECOND_HALF) -> np.ndarray:

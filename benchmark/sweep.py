@@ -12,9 +12,10 @@ A study is a TOML file (those in benchmark/studies/ are examples):
     td3 = { run = "baselines.td3", name = "TD3" }
     td3-gild = { run = "gild_td3 --ws-frac 1", name = "TD3+GILD to the end" }
 
-A run trains in the folder runs/ of the working directory, and its output goes to
-runs/STUDY-VARIANT-TASK-SEED.log. Its result is benchmark/results/STUDY/VARIANT-TASK-SEED.csv, a row per
-evaluation, and a .json beside it with its arguments. Ctrl-C and SIGTERM let each run finish its episode and
+A variant can have its own seeds, tasks, steps and flags (in place of the study's). A run trains in the folder
+runs/ of the working directory, and its output goes to runs/STUDY-VARIANT-TASK-SEED.log. Its result is
+benchmark/results/STUDY/VARIANT-TASK-SEED.csv, a row per evaluation, and a .json beside it with its arguments.
+Ctrl-C and SIGTERM let each run finish its episode and
 write a checkpoint. The same command resumes the study: it skips the runs that have a result and resumes those
 that have a checkpoint.
 
@@ -57,7 +58,7 @@ from evaluate import InputError, command_line, load_policy
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 STUDY_KEYS = {"seeds", "flags", "tasks", "variants", "baseline", "scores", "panels"}
-VARIANT_KEYS = {"run", "name", "seeds", "tasks", "paper"}
+VARIANT_KEYS = {"run", "name", "seeds", "tasks", "steps", "flags", "paper"}
 OWN_FLAGS = ["--exp-name", "--env-id", "--seed", "--total-timesteps", "--keep-policies", "--resume"]
 ASSUMED_SPEED = 100  # environment steps per second, where no result says otherwise
 
@@ -86,6 +87,7 @@ class Variant:
     name: str  # in tables and figures
     seeds: list[int]
     tasks: list[str]  # env ids
+    steps: int | None  # environment steps of a run; None: the task's
     paper: str | None  # its row in the paper's tables, such as TD3+GILD or TD3+GILD+1%ws
 
 
@@ -145,9 +147,13 @@ def load_study(path: Path) -> Study:
         if not toml.get(key):
             raise InputError(f"{path} has no {key}")
     tasks, variants = toml["tasks"], {}
-    for env_id, steps in tasks.items():
+
+    def check_steps(what, steps):
         if type(steps) is not int:
-            raise InputError(f"{path}: task {env_id} needs a number of environment steps, not {steps!r}")
+            raise InputError(f"{path}: {what} needs a number of environment steps, not {steps!r}")
+
+    for env_id, steps in tasks.items():
+        check_steps(f"task {env_id}", steps)
     for key, entry in toml["variants"].items():
         if not re.fullmatch(r"[\w.-]+", key):
             raise InputError(f"{path}: variant {key!r} cannot be part of a file's name")
@@ -157,13 +163,15 @@ def load_study(path: Path) -> Study:
             )
         known(path, f"variant {key}", entry, VARIANT_KEYS)
         known(path, f"variant {key}", entry.get("tasks", []), tasks)
-        script, *flags = f"{entry['run']} {toml.get('flags', '')}".split()
+        check_steps(f"variant {key}", entry.get("steps", 1))
+        script, *flags = f"{entry['run']} {entry.get('flags', toml.get('flags', ''))}".split()
         variants[key] = Variant(
             script=script,
             flags=flags,
             name=entry.get("name", key),
             seeds=seed_list(path, entry.get("seeds", toml["seeds"])),
             tasks=entry.get("tasks", list(tasks)),
+            steps=entry.get("steps"),
             paper=entry.get("paper"),
         )
     baseline = toml.get("baseline", next(iter(variants)))
@@ -204,7 +212,8 @@ def runs_of(study: Study) -> list[Run]:
                 if given := [flag for flag in variant.flags if flag.split("=")[0] in OWN_FLAGS]:
                     raise InputError(f"variant {key} has {given[0]}, which the sweep sets itself")
                 flags = ["--no-cuda", *variant.flags, "--exp-name", key, "--env-id", env_id]
-                flags += ["--seed", str(seed), "--total-timesteps", str(steps), "--keep-policies"]
+                flags += ["--seed", str(seed), "--total-timesteps", str(variant.steps or steps)]
+                flags += ["--keep-policies"]
                 args = parse(variant.script, flags, env_id not in tried)
                 tried.add(env_id)
                 runs.append(Run(study.name, key, env_id, seed, variant.script, flags, args))
@@ -279,7 +288,7 @@ def measure(run_dir: Path, total_timesteps: int, stopped=lambda: False) -> tuple
     scalars, seconds = read_log(run_dir)
     actor, script, args, _ = load_policy(run_dir / "policy.pt")
     env = script.make_env(args, training=True)  # with the sparse reward
-    algorithm = script.__name__.split(".")[-1].removeprefix("gild_").split("_")[0]
+    algorithm = next((name for name in ("ddpg", "td3") if name in script.__name__), "sac")
     path = Path(args.demo_path or "") if getattr(args, "demo_path", None) else None
     path = path or ROOT / "demos" / f"{task_name(args.env_id)}-{algorithm}.npz"
     demonstrations = None
