@@ -187,6 +187,7 @@ def summary(values) -> str:
 
 def paper_score(row: str | None, task: str) -> str:
     row = (row or "").removesuffix("+1%ws")
+    row = "Meta-Critic" if row.endswith("+MC") else row  # the paper does not say on what it ran
     return (
         TABLE1[row].split()[TASKS.index(task)].replace("±", " ± ") if row in TABLE1 and task in TASKS else ""
     )

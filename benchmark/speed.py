@@ -6,7 +6,8 @@ The learners' table: milliseconds per iteration (TD3's actor is updated in every
 compiled, and the rate of its matrix products as a share of what products of 256 x 256 matrices reach alone.
 The runs' table: environment steps per second of a run that learns, everything included, on sparse Hopper-v4,
 and those of Stable-Baselines3 and SBX if they are installed (benchmark/requirements.txt), with the same
-hyperparameters on the dense task. The cores' table: one run, or as many as there are cores, each with one
+hyperparameters on the dense task. The methods' table: the time of a step for every method of the paper's
+Table 3, as a ratio to TD3's. The cores' table: one run, or as many as there are cores, each with one
 thread or with as many threads as cores. Everything takes turns; the numbers are medians over the rounds.
 Where there is a GPU, the first two tables have its numbers too.
 """
@@ -20,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -34,6 +36,14 @@ from benchmark.cost import ALGORITHMS, DEVICES, Learner, wait
 ROOT = Path(__file__).parents[1]
 START, SKIPPED = 1_000, 200  # random steps, and untimed iterations, which include the compilation
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+
+METHODS = {"PPO": ("baselines.ppo", ""), "PPO+IL": ("baselines.ppo_il", ""), "LOGO": ("baselines.logo", "")}
+for name in ALGORITHMS:  # by their rows in the paper's Table 3
+    METHODS[name.upper()] = f"baselines.{name}", ""
+    METHODS[f"{name.upper()}+IL"] = f"baselines.{name}_il", ""
+    METHODS[f"{name.upper()}+MC"] = f"baselines.meta_critic_{name}", ""
+    METHODS[f"{name.upper()}+GILD"] = f"gild_{name}", "--ws-frac 1"
+METHODS["DiffAIL"] = "baselines.diffail", ""
 
 # another library's run: prints its steps per second
 OTHER = """
@@ -63,6 +73,7 @@ class Args:
     threads: int = 1  # CPU threads of a run
     learners: bool = True  # measure the learners' table
     runs: bool = True  # measure the runs' table
+    methods: bool = True  # measure the methods' table
     cores: bool = True  # measure the cores' table
 
 
@@ -127,22 +138,28 @@ def use_cores(count: int):
         os.sched_setaffinity(0, CORES[-count:])
 
 
-def our_speed(
-    args: Args, algorithm: str, ws_frac: int, compiled: bool, threads: int, device: str = "cpu"
-) -> float:
-    """Steps per second of a gild script, with GILD (ws_frac 1) or without (0)."""
+def our_speed(args: Args, script: str, flags: str, threads: int, device: str = "cpu") -> float:
+    """Steps per second of a script, after its random steps or, on-policy, after its first rollout."""
     total = START + SKIPPED + args.steps
-    flags = f"""--env-id Hopper-v4 --torch-threads {threads} --ws-frac {ws_frac}
-    --{"" if device == "cuda" else "no-"}cuda
-    --learning-starts {START} --total-timesteps {total} --eval-frequency {total} --eval-episodes 1
-    --{"" if compiled else "no-"}compile"""
+    rollout = getattr(import_module(script).Args(), "num_steps", None)
+    flags += f" --total-timesteps {3 * rollout if rollout else total} --eval-frequency 1000000"
+    flags += "" if rollout else f" --learning-starts {START}"
+    flags += f" --env-id Hopper-v4 --eval-episodes 1 --torch-threads {threads}"
+    flags += " --cuda" if device == "cuda" else " --no-cuda"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / f"gild_{algorithm}.py", *flags.split()]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        command = [sys.executable, "-m", script, *flags.split()]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
         (run_dir,) = Path(folder, "runs").iterdir()
         events = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")  # one in a hundred iterations
     first, *_, last = (event for event in events if event.step >= START + SKIPPED)
     return (last.step - first.step) / (last.wall_time - first.wall_time)
+
+
+def gild_speed(args: Args, algorithm: str, ws_frac: int, compiled: bool, **options) -> float:
+    """Steps per second of a gild script, with GILD (ws_frac 1) or without (0)."""
+    compile = "--compile" if compiled else "--no-compile"
+    return our_speed(args, f"gild_{algorithm}", f"--ws-frac {ws_frac} {compile}", **options)
 
 
 def other_speed(args: Args, algorithm: str, library: str) -> float:
@@ -166,7 +183,9 @@ def runs_table(args: Args) -> str:
         kinds |= {f"eager, {device}": (False, device), f"compiled, {device}": (True, device)}
     for kind, (compiled, device) in kinds.items():
         for ws_frac in (0, 1):
-            ours = partial(our_speed, ws_frac=ws_frac, compiled=compiled, threads=args.threads, device=device)
+            ours = partial(
+                gild_speed, ws_frac=ws_frac, compiled=compiled, threads=args.threads, device=device
+            )
             columns[f"ws-frac {ws_frac}, {kind}"] = ours
     libraries = [library for library in ("stable_baselines3", "sbx") if find_spec(library)]
     for library in libraries:
@@ -189,6 +208,22 @@ def runs_table(args: Args) -> str:
     return "\n".join(lines)
 
 
+def methods_table(args: Args) -> str:
+    """A row for each method: its time for a step as a ratio to TD3's, and the paper's Table 3."""
+    from benchmark.report import TABLE3
+
+    speeds = {row: [] for row in METHODS}
+    for _ in range(args.rounds):
+        for row, taken in speeds.items():
+            taken.append(our_speed(args, *METHODS[row], args.threads))
+    lines = ["| method | ms per step | ratio to TD3 | in the paper, whole runs |", "|---|---|---|---|"]
+    for row, taken in speeds.items():
+        ratio = statistics.median(td3 / speed for td3, speed in zip(speeds["TD3"], taken, strict=True))
+        paper = f"{TABLE3[row] / TABLE3['TD3']:.2f}" if row in TABLE3 else ""
+        lines.append(f"| {row} | {1e3 / statistics.median(taken):.2f} | {ratio:.2f} | {paper} |")
+    return "\n".join(lines)
+
+
 def cores_table(args: Args) -> str:
     """Steps per second of all runs together, without GILD."""
     cores = len(CORES)
@@ -198,7 +233,7 @@ def cores_table(args: Args) -> str:
     with ThreadPoolExecutor(cores) as pool:
         for _ in range(args.rounds):
             for (algorithm, (runs, threads)), taken in speeds.items():
-                one = partial(our_speed, args, ws_frac=0, compiled=False, threads=threads)
+                one = partial(gild_speed, args, ws_frac=0, compiled=False, threads=threads)
                 taken.append(sum(pool.map(one, [algorithm] * runs)))
     names = [f"{runs} at once, threads each: {threads}" for runs, threads in columns]
     lines = [f"| steps/s in total | {' | '.join(names)} |", "|---" * (1 + len(columns)) + "|"]
@@ -211,7 +246,8 @@ def cores_table(args: Args) -> str:
 def main(args: Args):
     torch.set_num_threads(args.threads)
     use_cores(args.threads)
-    tables = {learners_table: args.learners, runs_table: args.runs, cores_table: args.cores}
+    tables = {learners_table: args.learners, runs_table: args.runs}
+    tables |= {methods_table: args.methods, cores_table: args.cores}
     for table, wanted in tables.items():
         if wanted:
             print(table(args) + "\n", flush=True)
