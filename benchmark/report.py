@@ -140,9 +140,12 @@ def load(study: Study, results: Path) -> dict[str, dict[str, dict[int, np.ndarra
 
 def algorithm(study: Study, key: str) -> str:
     """The algorithm that a variant builds on: `td3` for gild_td3, td3_il, meta_critic_td3."""
-    script = study.variants[key].script.split(".")[-1]
-    base = {"diffail": "sac", "logo": "ppo"}
-    return base.get(script) or next(name for name in ("ddpg", "td3", "sac", "ppo", script) if name in script)
+    variant = study.variants[key]
+    script, base = variant.script.split(".")[-1], {"diffail": "sac", "logo": "ppo"}
+    words = [script, *variant.flags]
+    return base.get(script) or next(
+        (a for w in words for a in ("ddpg", "td3", "sac", "ppo") if a in w), script
+    )
 
 
 def scores(runs, task, key, score=SECOND_HALF) -> np.ndarray:

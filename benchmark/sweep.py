@@ -12,10 +12,12 @@ A study is a TOML file (those in benchmark/studies/ are examples):
     td3 = { run = "baselines.td3", name = "TD3" }
     td3-gild = { run = "gild_td3 --ws-frac 1", name = "TD3+GILD to the end" }
 
-A variant can have its own seeds, tasks, steps and flags (in place of the study's). A run trains in the folder
-runs/ of the working directory, and its output goes to runs/STUDY-VARIANT-TASK-SEED.log. Its result is
-benchmark/results/STUDY/VARIANT-TASK-SEED.csv, a row per evaluation, and a .json beside it with its arguments.
-Ctrl-C and SIGTERM let each run finish its episode and
+A variant can have its own seeds, tasks, steps, and flags in place of the study's. With `made_by` instead of
+`run` its results come from a command of their own, and the sweep leaves it alone.
+
+A run trains in the folder runs/ of the working directory, and its output goes to
+runs/STUDY-VARIANT-TASK-SEED.log. Its result is benchmark/results/STUDY/VARIANT-TASK-SEED.csv, a row per
+evaluation, and a .json beside it with its arguments. Ctrl-C and SIGTERM let each run finish its episode and
 write a checkpoint. The same command resumes the study: it skips the runs that have a result and resumes those
 that have a checkpoint.
 
@@ -58,7 +60,7 @@ from evaluate import InputError, command_line, load_policy
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 STUDY_KEYS = {"seeds", "flags", "tasks", "variants", "baseline", "scores", "panels"}
-VARIANT_KEYS = {"run", "name", "seeds", "tasks", "steps", "flags", "paper"}
+VARIANT_KEYS = {"run", "made_by", "name", "seeds", "tasks", "steps", "flags", "paper"}
 OWN_FLAGS = ["--exp-name", "--env-id", "--seed", "--total-timesteps", "--keep-policies", "--resume"]
 ASSUMED_SPEED = 100  # environment steps per second, where no result says otherwise
 
@@ -89,6 +91,7 @@ class Variant:
     tasks: list[str]  # env ids
     steps: int | None  # environment steps of a run; None: the task's
     paper: str | None  # its row in the paper's tables, such as TD3+GILD or TD3+GILD+1%ws
+    elsewhere: bool  # its results are made by another command, not by a sweep
 
 
 @dataclass
@@ -157,14 +160,16 @@ def load_study(path: Path) -> Study:
     for key, entry in toml["variants"].items():
         if not re.fullmatch(r"[\w.-]+", key):
             raise InputError(f"{path}: variant {key!r} cannot be part of a file's name")
-        if type(entry) is not dict or not str(entry.get("run", "")).strip():
+        run = entry.get("run") or entry.get("made_by") if type(entry) is dict else None
+        if not run:
             raise InputError(
                 f'{path}: variant {key} has no script; it needs {{ run = "gild_td3 --ws-frac 1" }}'
             )
         known(path, f"variant {key}", entry, VARIANT_KEYS)
         known(path, f"variant {key}", entry.get("tasks", []), tasks)
         check_steps(f"variant {key}", entry.get("steps", 1))
-        script, *flags = f"{entry['run']} {entry.get('flags', toml.get('flags', ''))}".split()
+        shared = "" if "made_by" in entry else entry.get("flags", toml.get("flags", ""))
+        script, *flags = f"{run} {shared}".split()
         variants[key] = Variant(
             script=script,
             flags=flags,
@@ -173,6 +178,7 @@ def load_study(path: Path) -> Study:
             tasks=entry.get("tasks", list(tasks)),
             steps=entry.get("steps"),
             paper=entry.get("paper"),
+            elsewhere="made_by" in entry,
         )
     baseline = toml.get("baseline", next(iter(variants)))
     known(path, "the study", [baseline], variants)
@@ -207,7 +213,7 @@ def runs_of(study: Study) -> list[Run]:
     for seed in sorted({seed for variant in study.variants.values() for seed in variant.seeds}):
         for env_id, steps in study.tasks.items():
             for key, variant in study.variants.items():
-                if seed not in variant.seeds or env_id not in variant.tasks:
+                if variant.elsewhere or seed not in variant.seeds or env_id not in variant.tasks:
                     continue
                 if given := [flag for flag in variant.flags if flag.split("=")[0] in OWN_FLAGS]:
                     raise InputError(f"variant {key} has {given[0]}, which the sweep sets itself")

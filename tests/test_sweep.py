@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import sweep
+from benchmark.report import algorithm
 from evaluate import InputError
 from tests.conftest import ROOT, call
 
@@ -249,6 +250,19 @@ def test_runs_come_seed_by_seed(study):
     assert runs[-1].args["batch_size"] == 50 and runs[-1].args["keep_policies"]
 
 
+def test_what_a_variant_has_of_its_own(study):
+    """And what another command makes is reported, but not run."""
+    more = 'ppo = { run = "baselines.ppo", flags = "--num-steps 64", steps = 128 }\n'
+    study.write_text(TOML + more + 'other = { made_by = "elsewhere --algo td3" }\n')
+    loaded = sweep.load_study(study)
+    runs = {run.variant: run.args for run in sweep.runs_of(loaded)}
+    assert runs.keys() == {"ddpg", "ddpg-gild", "ppo"}
+    assert runs["ddpg"]["total_timesteps"] == 600 and runs["ddpg"]["eval_episodes"] == 1
+    ppo = runs["ppo"]
+    assert (ppo["total_timesteps"], ppo["num_steps"], ppo["eval_episodes"]) == (128, 64, 10)
+    assert (algorithm(loaded, "other"), algorithm(loaded, "ddpg-gild")) == ("td3", "ddpg")
+
+
 MISTAKES = {
     "seeds = 1": ("seed = 1", "a study has no 'seed'; the nearest is 'seeds'"),
     "[tasks]": ("[[tasks]", "tiny.toml: "),
@@ -259,6 +273,7 @@ MISTAKES = {
     "gild_ddpg": ("tests.conftest", "tests.conftest is not a training script"),
     "--ws-frac 0.5": ("--ws-fraction 0.5", "gild_ddpg: Unrecognized options: --ws-fraction"),
     "--gild-init random": ("--seed 3", "variant ddpg-gild has --seed, which the sweep sets itself"),
+    ', name = "DDPG"': (', steps = "600"', "variant ddpg needs a number of environment steps, not '600'"),
     'name = "DDPG"': ('label = "DDPG"', "variant ddpg has no 'label'"),
     'run = "gild': ('script = "gild', "variant ddpg-gild has no script"),
     "--batch-size 50": ("--batch-size 65", "--batch-size 65 exceeds --learning-starts 50"),
