@@ -210,21 +210,30 @@ def score_table(study: Study, runs) -> str:
     return markdown(head, lines)
 
 
+def compared_with(study: Study, key: str, baseline: str) -> str:
+    """The baseline in a variant's own algorithm: DDPG for DDPG+GILD where TD3+GILD is compared with TD3."""
+    for other in study.variants:
+        if algorithm(study, other) == algorithm(study, key) and role(study, other) == role(study, baseline):
+            return other
+    return baseline
+
+
 def difference_table(study: Study, runs, baseline: str) -> str:
     """Paired by seed against the baseline, in the mean over the second half."""
     lines = []
     for task, variants in runs.items():
         for key in variants:
-            common = sorted(variants[key].keys() & variants.get(baseline, {}).keys())
-            if key == baseline or not common:
+            other = compared_with(study, key, baseline)
+            common = sorted(variants[key].keys() & variants.get(other, {}).keys())
+            if key == other or not common:
                 continue
-            a, b = ([SCORES[SECOND_HALF](variants[k][seed]) for seed in common] for k in (key, baseline))
+            a, b = ([SCORES[SECOND_HALF](variants[k][seed]) for seed in common] for k in (key, other))
             gain = np.subtract(a, b)
             interval = f" ± {plain(half_width(gain))}" if len(gain) > 1 else ""
-            each = ", ".join(map(plain, gain))
             better = f"{improvement([np.array(a)], [np.array(b)]):.2f}" if len(gain) > 1 else ""
-            lines.append([task, study.variants[key].name, f"{plain(gain.mean())}{interval}", each, better])
-    head = ["task", "", f"minus {study.variants[baseline].name}", "each seed", "probability of improvement"]
+            cells = [task, study.variants[key].name, study.variants[other].name]
+            lines.append([*cells, f"{plain(gain.mean())}{interval}", ", ".join(map(plain, gain)), better])
+    head = ["task", "", "minus", "difference", "each seed", "probability of improvement"]
     return markdown(head, lines) if lines else ""
 
 
@@ -496,7 +505,9 @@ def main(args: Args):
             study, runs, baseline
         ),
         "Meta-loss (the paper's Table 2): best evaluation": meta_loss_table(study, runs),
-        "Run time (the paper's Table 3)": time_table(study, runs),
+        "Run time (the paper's Table 3), comparable if each run had a core to itself": time_table(
+            study, runs
+        ),
         "Learning curves": curves(study, runs, args.figures),
         "Normalised scores (the paper's Figure 3, right)": aggregate_figure(study, runs, args.figures),
         "Warm start (the paper's Figure 5)": warm_start_figure(study, runs, args.figures),

@@ -11,7 +11,7 @@ import torch
 
 from baselines import sac
 from benchmark import figure4, report, sweep
-from benchmark.report import bootstrap, half_width, improvement, iqm, profile, t_quantile
+from benchmark.report import bootstrap, compared_with, half_width, improvement, iqm, profile, t_quantile
 from tests.conftest import ROOT, call
 
 TOML = """
@@ -173,11 +173,12 @@ def test_report_of_made_up_results(study):
 
     paired = {(row[0], row[1]): row[2:] for row in rows_of(out, "Paired differences")[1:]}
     gain = [450 - 250, 600 - 400, 900 - 500]  # means of the second half
-    assert paired["Hopper", "TD3+GILD 1 %"][:2] == [
+    assert paired["Hopper", "TD3+GILD 1 %"][:3] == [
+        "TD3",
         f"{np.mean(gain):.1f} ± {half_width(gain):.1f}",
         "200, 200, 400",
     ]
-    assert paired["Walker2d", "TD3+GILD 10 %"] == ["-391", "-391", ""]  # seed 2 with seed 2
+    assert paired["Walker2d", "TD3+GILD 10 %"] == ["TD3", "-391", "-391", ""]  # seed 2 with seed 2
 
     over = {row[0]: row[1:] for row in rows_of(out, "Over Hopper, Walker2d")[1:]}
     expert = np.array([3564, 4683])
@@ -205,8 +206,17 @@ def test_another_baseline(study):
     code, out, _ = run_report(study, "--baseline", "td3-gild-1")
     assert code == 0
     paired = {(row[0], row[1]): row[2:] for row in rows_of(out, "Paired differences")[1:]}
-    assert paired["Hopper", "TD3"][1] == "-200, -200, -400"
+    assert paired["Hopper", "TD3"][2] == "-200, -200, -400"
     assert ("Hopper", "TD3+GILD 1 %") not in paired
+
+
+def test_each_algorithm_is_compared_with_its_own_baseline():
+    study = sweep.load_study(ROOT / "benchmark/studies/point2d.toml")
+    others = {key: compared_with(study, key, "td3") for key in study.variants}
+    assert others["td3-gild"] == others["td3"] == "td3" and others["ddpg-gild"] == others["ddpg"] == "ddpg"
+    assert (
+        others["diffail"] == others["meta-critic-sac"] == "sac" and others["logo"] == others["ppo"] == "ppo"
+    )
 
 
 def test_one_task_seed_and_variant(tmp_path):
