@@ -225,11 +225,10 @@ def main(args: Args):
     args.figures.mkdir(parents=True, exist_ok=True)
     path = args.figures / "figure4.png"
     fig.savefig(path, dpi=150, metadata={"Software": None})
-    seeds = min(len(found[variant]) for variant in KL)
-    print(
-        f"{path}: (i), (ii) of seed {args.seed}; (iii), (iv) of {seeds} seeds or more: each thin, their mean"
-    )
-    print("thick, moving means over five points")
+    counts = {len(found[variant]) for variant in KL}
+    seeds = " or ".join(map(str, sorted(counts))) + (" seed" if counts == {1} else " seeds")
+    print(f"{path}: (i), (ii) of seed {args.seed}; (iii), (iv) of {seeds}: each thin, their mean thick,")
+    print("moving means over five points")
 
 
 if __name__ == "__main__":
