@@ -10,6 +10,7 @@ reported as far as they are.
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -346,24 +347,33 @@ def demonstrated_return(task: str, algo: str) -> float | None:
         return json.loads(str(file["metadata"])).get("return_mean")
 
 
+def split(study: Study, keys: list[str]) -> list[list[str]]:
+    """The variants of one algorithm in groups of up to six and about the same size, its baseline in each."""
+    first = [key for key in keys if key == compared_with(study, key, study.baseline)]
+    others = [key for key in keys if key not in first]
+    parts = np.array_split(others, max(1, -(-len(others) // 5)))
+    return [[*first, *part.tolist()] for part in parts]
+
+
 def curves(study: Study, runs, folder: Path) -> str:
-    """A panel per task, algorithm and quantity: mean and its 95 % band, each seed thin."""
+    """Mean and its 95 % band, each seed thin. A panel per task, algorithm and quantity; several for many."""
     algorithms = list(dict.fromkeys(algorithm(study, key) for key in study.variants))
-    cells = [
-        (task, algo, panel)
-        for panel in study.panels
-        for task in runs
-        for algo in algorithms
-        if any(algorithm(study, key) == algo for key in runs[task])
-    ]
+    cells = []
+    for panel, task, algo in product(study.panels, runs, algorithms):
+        keys = [key for key in runs[task] if algorithm(study, key) == algo]
+        groups = split(study, keys) if keys else []
+        title = f"{task}, {algo.upper()}" if len(algorithms) > 1 else task
+        for number, group in enumerate(groups, 1):
+            part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
+            cells.append((task, algo, panel, group, title + part))
     per_panel = len(cells) // len(study.panels)
-    columns = min(3, per_panel) if per_panel > 1 else min(2, len(cells))
+    columns = -(-per_panel // -(-per_panel // 3)) if per_panel > 1 else min(2, len(cells))  # up to three
     rows = -(-len(cells) // columns)
     size = {"figsize": (9, 1.2 + (2.7 if columns > 1 else 4) * rows), "layout": "constrained"}
     fig, axes = plt.subplots(rows, columns, squeeze=False, **size)
     labels, color = {}, colors(study)
-    for axis, (task, algo, panel) in zip(axes.flat, cells, strict=False):
-        for key in [key for key in runs[task] if algorithm(study, key) == algo]:
+    for axis, (task, algo, panel, keys, title) in zip(axes.flat, cells, strict=False):
+        for key in keys:
             tables = list(runs[task][key].values())
             if panel not in tables[0].dtype.names:
                 continue
@@ -382,7 +392,7 @@ def curves(study: Study, runs, folder: Path) -> str:
         level = demonstrated_return(task, algo) if panel == "return_mean" else None
         if level is not None:
             labels["demonstrations"] = axis.axhline(level, color="black", linestyle=":", linewidth=1)
-        axis.set_title(f"{task}, {algo.upper()}" if len(algorithms) > 1 else task, fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.set_ylabel(PANELS[panel])
         axis.set_xlabel("environment steps, in thousands", fontsize=9)
         axis.grid(alpha=0.3)
@@ -415,8 +425,9 @@ def aggregate_figure(study: Study, runs, folder: Path) -> str:
         if max(map(len, tasks)) > 1:
             low, high = bootstrap(iqm, tasks)
             left.plot([low, high], [place, place], color="black", linewidth=1.5)
-            band = bootstrap(lambda tasks: profile(tasks, thresholds), tasks)
-            right.fill_between(thresholds, *band, color=color[key], alpha=0.1, linewidth=0)
+            if len(tables) <= 6:  # more bands hide each other
+                band = bootstrap(lambda tasks: profile(tasks, thresholds), tasks)
+                right.fill_between(thresholds, *band, color=color[key], alpha=0.1, linewidth=0)
     left.set_yticks(range(len(tables)), [study.variants[key].name for key in tables], fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("interquartile mean, Expert = 100", fontsize=9)
@@ -426,7 +437,7 @@ def aggregate_figure(study: Study, runs, folder: Path) -> str:
         axis.grid(alpha=0.3)
     path = save_figure(fig, folder, f"{study.name}-scores")
     caption = f"{SECOND_HALF.capitalize()}, {', '.join(runs)}, {seeds_of(runs)}"
-    caption += "" if seeds_of(runs) == "one seed" else "; black lines and bands: 95 % bootstrap intervals"
+    caption += "" if seeds_of(runs) == "one seed" else "; black lines, bands: 95 % bootstrap intervals"
     return f"![{study.name}: normalised scores]({path})\n\n*{caption}; right in the bars' colors.*\n"
 
 

@@ -219,6 +219,18 @@ def test_each_algorithm_is_compared_with_its_own_baseline():
     )
 
 
+def test_many_variants_are_drawn_in_several_panels():
+    study = sweep.load_study(ROOT / "benchmark" / "studies" / "point2d.toml")
+    keys = [key for key in study.variants if report.algorithm(study, key) == "td3"]
+    first, second = report.split(study, keys)
+    assert first[0] == second[0] == "td3"
+    assert first[1:] + second[1:] == keys[1:]  # the others once each
+    assert abs(len(first) - len(second)) <= 1
+    assert report.split(study, keys[:6]) == [keys[:6]]
+    assert report.split(study, keys[1:3]) == [keys[1:3]]  # its baseline has no run yet
+    assert report.split(study, keys[:1]) == [keys[:1]]
+
+
 def test_one_task_seed_and_variant(tmp_path):
     path = tmp_path / "made.toml"
     path.write_text("seeds = 1\n[tasks]\nPendulum-v1 = 100\n[variants]\na = { run = 'baselines.ppo' }\n")
