@@ -437,7 +437,8 @@ def aggregate_figure(study: Study, runs, folder: Path) -> str:
         axis.grid(alpha=0.3)
     path = save_figure(fig, folder, f"{study.name}-scores")
     caption = f"{SECOND_HALF.capitalize()}, {', '.join(runs)}, {seeds_of(runs)}"
-    caption += "" if seeds_of(runs) == "one seed" else "; black lines, bands: 95 % bootstrap intervals"
+    lines = "black lines and bands" if len(tables) <= 6 else "black lines"
+    caption += "" if seeds_of(runs) == "one seed" else f"; {lines}: 95 % bootstrap intervals"
     return f"![{study.name}: normalised scores]({path})\n\n*{caption}; right in the bars' colors.*\n"
 
 

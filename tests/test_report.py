@@ -231,6 +231,20 @@ def test_many_variants_are_drawn_in_several_panels():
     assert report.split(study, keys[:1]) == [keys[:1]]
 
 
+def test_the_panels_have_those_variants(tmp_path, monkeypatch):
+    """Nine variants of one algorithm: two panels, each with the colors of its own five."""
+    study = sweep.load_study(ROOT / "benchmark" / "studies" / "point2d.toml")
+    keys = [key for key in study.variants if report.algorithm(study, key) == "td3"]
+    table = np.array([(1000, 5.0), (2000, 6.0)], [("global_step", float), ("return_mean", float)])
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda fig, *_: figures.append(fig) or "")
+    report.curves(study, {"Point2D": {key: {1: table} for key in keys}}, tmp_path)
+    color, groups = report.colors(study), report.split(study, keys)
+    for number, (axis, group) in enumerate(zip(figures[0].axes, groups, strict=True), 1):
+        assert [line.get_color() for line in axis.lines[: len(group)]] == [color[key] for key in group]
+        assert axis.get_title() == f"Point2D, TD3 ({number} of 2)"
+
+
 def test_one_task_seed_and_variant(tmp_path):
     path = tmp_path / "made.toml"
     path.write_text("seeds = 1\n[tasks]\nPendulum-v1 = 100\n[variants]\na = { run = 'baselines.ppo' }\n")
