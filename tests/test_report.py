@@ -245,6 +245,18 @@ def test_the_panels_have_those_variants(tmp_path, monkeypatch):
         assert axis.get_title() == f"Point2D, TD3 ({number} of 2)"
 
 
+@pytest.mark.parametrize(("variants", "bands"), [(6, 6), (7, 0)])
+def test_a_profile_of_many_variants_has_no_bands(variants, bands, tmp_path, monkeypatch):
+    study = sweep.load_study(ROOT / "benchmark" / "studies" / "point2d.toml")
+    keys, rows = list(study.variants)[:variants], [("global_step", float), ("return_mean", float)]
+    seeds = {seed: np.array([(1000, 5.0 * seed), (2000, 6.0 * seed)], rows) for seed in (1, 2)}
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda fig, *_: figures.append(fig) or "")
+    text = report.aggregate_figure(study, {"Point2D": {key: seeds for key in keys}}, tmp_path)
+    assert len(figures[0].axes[1].collections) == bands
+    assert ("bands" in text) == (bands > 0)
+
+
 def test_one_task_seed_and_variant(tmp_path):
     path = tmp_path / "made.toml"
     path.write_text("seeds = 1\n[tasks]\nPendulum-v1 = 100\n[variants]\na = { run = 'baselines.ppo' }\n")
