@@ -340,7 +340,8 @@ def seeds_of(runs) -> str:
 
 
 def demonstrated_return(task: str, algo: str) -> float | None:
-    path = ROOT / "demos" / f"{task}-{algo}.npz"
+    """Of the demonstrations that this algorithm's variants imitate; PPO+IL and LOGO have SAC's."""
+    path = ROOT / "demos" / f"{task}-{'sac' if algo == 'ppo' else algo}.npz"
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as file:

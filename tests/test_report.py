@@ -245,6 +245,12 @@ def test_the_panels_have_those_variants(tmp_path, monkeypatch):
         assert axis.get_title() == f"Point2D, TD3 ({number} of 2)"
 
 
+def test_the_line_of_the_demonstrations():
+    level = report.demonstrated_return
+    assert level("Point2D", "ppo") == level("Point2D", "sac") != level("Point2D", "td3")
+    assert level("Pendulum", "ppo") is None
+
+
 @pytest.mark.parametrize(("variants", "bands"), [(6, 6), (7, 0)])
 def test_a_profile_of_many_variants_has_no_bands(variants, bands, tmp_path, monkeypatch):
     study = sweep.load_study(ROOT / "benchmark" / "studies" / "point2d.toml")
