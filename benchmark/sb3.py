@@ -5,7 +5,7 @@
 
 Shows that the baselines' cores are right: benchmark/studies/cores.toml trains them; its report has both.
 Evaluations are the baselines': every 5,000 steps, 10 episodes without noise from the same starts. At the end
-it writes benchmark/results/cores/sb3-ALGO-TASK-SEED.csv; with --xavier, sb3-sac-xavier-TASK-SEED.csv.
+it writes benchmark/results/cores/sb3-ALGO-TASK-SEED.csv.
 """
 
 import time
@@ -34,7 +34,6 @@ class Args:
     env_id: str = "Hopper-v4"  # the task, with its dense reward
     seed: int = 1  # seed of networks, environment, exploration and replay
     total_timesteps: int = 100_000  # environment steps of the run
-    xavier: bool = False  # SAC: the initial weights of baselines/sac.py instead of the library's
     torch_threads: int = 1  # CPU threads of PyTorch
 
     dense = True
@@ -51,14 +50,7 @@ def make_model(args: Args):
         anneal = {"learning_rate": lambda remaining: 3e-4 * remaining, "clip_range_vf": 0.2}
         return PPO("MlpPolicy", env, policy_kwargs=optimizer, **anneal, **common), env
     if args.algo == "sac":
-        model = SAC("MlpPolicy", env, ent_coef=0.2, **OFF_POLICY, **common)
-        if args.xavier:
-            for layer in model.policy.modules():
-                if isinstance(layer, torch.nn.Linear):
-                    torch.nn.init.xavier_uniform_(layer.weight)
-                    torch.nn.init.zeros_(layer.bias)
-            model.critic_target.load_state_dict(model.critic.state_dict())
-        return model, env
+        return SAC("MlpPolicy", env, ent_coef=0.2, **OFF_POLICY, **common), env
     size = env.action_space.shape
     noise = NormalActionNoise(np.zeros(size), np.full(size, 0.1))
     return TD3("MlpPolicy", env, action_noise=noise, batch_size=256, **OFF_POLICY, **common), env
@@ -92,8 +84,7 @@ def main(args: Args):
     model.learn(args.total_timesteps, callback=evaluation)
     lines = ["global_step,return_mean,return_std,wall_time"]
     lines += [f"{step},{mean:.6g},{std:.6g},{seconds:.6g}" for step, mean, std, seconds in evaluation.rows]
-    variant = f"sb3-{args.algo}{'-xavier' if args.xavier else ''}"
-    path = RESULTS / "cores" / f"{variant}-{task_name(args.env_id)}-{args.seed}.csv"
+    path = RESULTS / "cores" / f"sb3-{args.algo}-{task_name(args.env_id)}-{args.seed}.csv"
     write(path, ("\n".join(lines) + "\n").encode())
     print(path)
 
