@@ -175,8 +175,8 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def plain(number: float) -> str:
-    """Four digits, without an exponent: 11161, 853.2, 0.01234."""
-    return f"{number:.0f}" if abs(number) >= 1_000 else f"{number:.4g}"
+    """No digits that mean nothing: 11161, 853, 83.8, 0.0."""
+    return f"{number:z.0f}" if abs(number) >= 100 else f"{number:z.1f}"
 
 
 def summary(values) -> str:
@@ -504,9 +504,7 @@ def main(args: Args):
                 raise InputError(f"{study.name} has no {what} {name!r}, only {', '.join(allowed)}")
     runs = load(study, args.results)
     if not runs:
-        raise InputError(
-            f"{study.name} has no results yet: python -m benchmark.sweep benchmark/studies/{path}.toml"
-        )
+        raise InputError(f"{study.name} has no results yet: python -m benchmark.sweep {path}")
     sections = {
         "Mean ± std over seeds [95 % interval of the mean, t; of three seeds or more]": score_table(
             study, runs
