@@ -1,11 +1,11 @@
 """Runs a saved policy and prints its returns on the dense and on the sparse task.
 
     python evaluate.py runs/<run>
-    python evaluate.py runs/<run>/policies/100000.pt --episodes 20 --video hopper.mp4
+    python evaluate.py runs/<run>/policies/100000.pt --video hopper.mp4    # kept by --keep-policies
 
-The policy acts without noise, through the script that wrote it, in its run's environment and with its run's
-sparse threshold. --render opens a window, --video records without one. Without a display MuJoCo renders only
-if the environment variable MUJOCO_GL is egl or osmesa.
+The policy acts without noise in its run's environment, through the script that wrote it. The starts are not
+those of training's evaluations; --seed 101 repeats these for a run with seed 1. --render opens a window,
+--video records without one. Without a display MuJoCo renders only if MUJOCO_GL is egl or osmesa.
 """
 
 import contextlib
@@ -168,8 +168,8 @@ def rollout(actor, script, args, env: gym.Env, seed: int, explore=False, after_s
         seed += 1
 
 
-def make_visible(script, args, render_mode: str):
-    """The environment, once it has rendered a frame: what is missing is reported before the first episode."""
+def make_renderable(script, args, render_mode: str):
+    """The environment after a test frame, so that a missing renderer is reported before any episode."""
     window = render_mode == "human"
     if window and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         raise InputError("--render needs a display; --video records without one")
@@ -209,7 +209,7 @@ def main(args: Args):
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # what matters is reported in one line
         actor, script, run, _ = load_policy(path, args.script, args.env_id)
         if args.render or args.video:
-            env = make_visible(script, run, "rgb_array" if args.video else "human")
+            env = make_renderable(script, run, "rgb_array" if args.video else "human")
         else:
             env = script.make_env(run, training=False)
         stack.callback(env.close)
@@ -226,7 +226,7 @@ def main(args: Args):
 
 
 def command_line(main, Args):
-    """Runs a tool's `main` from the command line. A user's mistake ends it with one line and code 2."""
+    """Runs a tool's `main` from the command line. A user error exits with one line and status 2."""
     for name in {"SIGINT", "SIGTERM", "SIGBREAK"} & set(dir(signal)):  # the last is Windows'
         signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))  # cleans up first
     for stream in (sys.stdout, sys.stderr):

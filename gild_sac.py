@@ -3,7 +3,8 @@
 Deng, Zheng, He, Weng, Shao: "Enhancing Online Reinforcement Learning with Meta-Learned Objective from
 Offline Data", AAAI 2025. Imitating sub-optimal demonstrations finds the first rewards, but later holds the
 policy back. GILD replaces the imitation loss with a small network f_omega(s_d, a_d, a) and trains it so that
-one actor step with it raises the critic's value by more than one step with plain imitation.
+an actor step on RL + GILD raises the critic's value more than one on RL + imitation. Unlike the paper's, f is
+first fitted to the imitation error, Adam's epsilon is large, and Eq. (8)'s sign is corrected (see README.md).
 
     Eq. (2)        L_RL, the vanilla actor's loss             rl_loss
     Eq. (3)        L_IL, conventional imitation, and w_rl     il_loss, rl_weight
@@ -19,7 +20,7 @@ one actor step with it raises the critic's value by more than one step with plai
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.4", "gymnasium[mujoco]>=1.1", "mujoco>=3.1", "numpy>=1.26", "tensorboard>=2.16", "tqdm>=4.66",
+#   "torch>=2.11", "gymnasium[mujoco]>=1.1", "mujoco>=3.1", "numpy>=1.26", "tensorboard>=2.16", "tqdm>=4.66",
 #   "tyro>=0.9",
 # ]
 # ///
@@ -56,8 +57,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates: a minute at the start, then faster steps
-    bf16: bool = False  # vanilla losses in bfloat16; slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -66,9 +67,9 @@ class Args:
     eval_frequency: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation
 
-    env_id: str = "Hopper-v4"  # Gymnasium id, Box observations and actions; Point2D-v0 needs envs/
-    dense: bool = False  # train on the task's own dense reward
-    sparse_threshold: float | None = None  # metres along x before any reward; None: the paper's, by task
+    env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
+    dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
+    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor, critic, temperature and look-ahead (paper's alpha)
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -76,17 +77,17 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions, and demonstrations, per update
     learning_starts: int = 10_000  # steps with random actions before the first update
-    alpha: float = 0.2  # temperature of the entropy term, or its initial value where it is tuned
-    autotune: bool | None = None  # tune it to the entropy -|A|; None: not in Hopper, HalfCheetah, Point2D
+    alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned
+    autotune: bool | None = None  # tune alpha to the entropy -|A|; None: except Hopper, HalfCheetah, Point2D
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
-    il_beta: float = 2.5  # beta in w_rl = beta / mean |Q|, the weight of RL in RL+IL
-    ws_frac: float = 0.01  # warm start: use GILD in the first ws_frac * total_timesteps iterations only
+    il_beta: float = 2.5  # w_rl = il_beta / mean |Q|, the weight of RL against imitation in RL+IL
+    ws_frac: float = 0.01  # warm start: GILD only in the first ws_frac * total_timesteps critic updates
     gild_lr: float = 1e-4  # learning rate of omega
-    gild_eps: float = 1e-3  # Adam's epsilon for omega: large, so that a small meta-gradient makes small steps
+    gild_eps: float = 1e-3  # Adam's epsilon for omega, large so that small meta-gradients make small steps
     gild_weight_decay: float = 0.0  # L2 penalty on omega; at 1e-4, the released code's, GILD collapses
-    gild_init: Literal["imitation", "random"] = "imitation"  # start f as the squared imitation error, or not
-    meta_loss: Literal["gain", "intuitive"] = "gain"  # Eq. (8), or the value of the GILD step alone (Table 2)
+    gild_init: Literal["imitation", "random"] = "imitation"  # fit f to the imitation error first, or do not
+    meta_loss: Literal["gain", "intuitive"] = "gain"  # Eq. (8), or Table 2's: -Q after the GILD step alone
 
     def __post_init__(self):
         check(self)
@@ -185,17 +186,17 @@ def il_loss(actor, demo_obs, demo_action):
 
 
 def rl_weight(q, il_beta):
-    """Eq. (3): w_rl = beta / mean |Q|. With sparse rewards Q can stay at 0 for long, hence the floor.
+    """Eq. (3): w_rl = beta / mean |Q|, with a floor: with sparse rewards Q can stay near 0 for a long time.
 
-    Q is the updated critic's, at the actor's own actions as in TD3+BC: the actor's loss has computed it.
+    Q is the updated critic's at the actor's own actions, as in TD3+BC; `rl_loss` has already computed it.
     """
     return il_beta / q.detach().abs().mean().clamp(min=1e-6)
 
 
 def meta_loss(look_ahead, pseudo, actor, critic, val_obs, noise, alpha, kind):
-    """Eq. (8): -mean tanh(Q(s, phi'(s)) - Q(s, phi_hat(s))), what a GILD step gains over an imitation step.
+    """Eq. (8): -mean tanh(Q(s, phi'(s)) - Q(s, phi_hat(s))), minus the gain of a GILD step over an IL step.
 
-    The sign is not the paper's: minimised as printed, the loss makes GILD worse than imitation.
+    The paper prints the opposite sign; minimised, that would make GILD worse than imitation.
     Q is the soft value of an action that both actors sample with the same noise.
     """
     action, log_prob = functional_call(actor, look_ahead, (val_obs, noise))
@@ -209,12 +210,12 @@ def meta_loss(look_ahead, pseudo, actor, critic, val_obs, noise, alpha, kind):
 
 
 def gradient(loss, params, **kwargs):
-    """The gradient of `loss` for a dict of parameters, as a dict. No other parameter is touched."""
+    """The gradient of `loss` w.r.t. a dict of parameters, as a dict. Leaves every .grad alone."""
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
 def critic_gradient(critic, target_critic, actor, batch, alpha, args):
-    """The gradient of Eq. (5) for theta, as a dict by parameter name, and values to log."""
+    """The gradient of Eq. (5) w.r.t. theta, as a dict by parameter name, and values to log."""
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.bf16):
         loss, q1, q2 = critic_loss(critic, target_critic, actor, batch, alpha, args)
     log = {"losses/qf_loss": loss / 2, "losses/qf1_values": q1, "losses/qf2_values": q2}
@@ -222,7 +223,7 @@ def critic_gradient(critic, target_critic, actor, batch, alpha, args):
 
 
 def actor_gradient(actor, critic, obs, noise, alpha, args):
-    """The gradient of Eq. (2) for phi, as a dict by parameter name, log pi, and values to log."""
+    """The gradient of Eq. (2) w.r.t. phi, as a dict by parameter name, log pi, and values to log."""
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
         loss, log_prob, _ = rl_loss(actor, critic, obs, noise, alpha)
     log = {"losses/actor_loss": loss.detach()}
@@ -230,7 +231,7 @@ def actor_gradient(actor, critic, obs, noise, alpha, args):
 
 
 def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, args):
-    """Lines 6 to 9 of Algorithm 1, without changing a parameter; `demo` is (s_d, a_d).
+    """Lines 6 to 9 of Algorithm 1; no parameter is changed. `demo` is (s_d, a_d).
 
     `noise` is standard normal, (3, N, |A|), for the actions at s, s_d and s_val. Returns the gradients for
     phi (Eq. 7) and omega (Eq. 10), as dicts by parameter name, log pi at s, and values to log.
@@ -247,7 +248,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, args):
     il_grad = gradient(imitation_loss, phi)
     pseudo = {k: phi[k].detach() - lr * (w_rl * rl_grad[k] + il_grad[k]) for k in phi}
 
-    # Eq. (7): the actor's gradient with GILD, and the look-ahead along it, a function of omega
+    # Eq. (7): the actor's gradient with GILD; the look-ahead, a plain step along it, is a function of omega
     gild_loss = gild(demo_obs, demo_action, action).mean()
     action_grad = gradient(gild_loss, {"action": action}, create_graph=True)["action"]
     gild_grad = gradient(action, phi, grad_outputs=action_grad, create_graph=True)
@@ -263,7 +264,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, args):
         "losses/actor_loss": actor_loss,
         "losses/gild_loss": gild_loss,
         "losses/meta_loss": loss,
-        "losses/gild_action_grad_norm": len(action) * action_grad.norm(dim=1).mean(),  # of one pair
+        "losses/gild_action_grad_norm": len(action) * action_grad.norm(dim=1).mean(),  # undoes the mean's 1/N
         "losses/meta_grad_norm": torch.stack([g.norm() for g in omega_grad.values()]).norm(),
         "charts/imitation_distance": distance,
     }
@@ -287,9 +288,9 @@ def update_target(target, online, tau):
 def fit_imitation(gild, demonstrations, iterations=2_000, batch_size=256):
     """Fits f(s_d, a_d, a) to mean_j (a_j - a_d,j)^2, by regression. Returns the error of the last batch.
 
-    Half of the actions are drawn from the whole box and half close to a_d, where imitation needs the slope.
-    A random f would not imitate, nor learn to while the critic knows nothing: there is no meta-gradient yet.
-    The weights of s_d start at 0: the error does not depend on s_d, and large observations spoil the fit.
+    Half of the actions are uniform over the box, half near a_d, where imitation needs the slope. A random f
+    would not imitate, nor learn to before the critic knows a reward: until then there is no meta-gradient.
+    The weights of s_d stay at 0 here: the error does not depend on s_d, and large observations spoil the fit.
     """
     gild.net[0].weight.data[:, : demonstrations.obs.shape[1]] = 0
     optimizer = torch.optim.Adam(gild.parameters(), lr=1e-3, fused=True)
@@ -300,7 +301,7 @@ def fit_imitation(gild, demonstrations, iterations=2_000, batch_size=256):
         close = (demo_action + 0.2 * torch.randn_like(demo_action)).clamp(-1, 1)
         action = torch.where(torch.rand_like(demo_action[:, :1]) < 0.5, anywhere, close)
         error = (action - demo_action).pow(2).mean(1, keepdim=True)
-        loss = F.mse_loss(gild(0 * demo_obs, demo_action, action), error)
+        loss = F.mse_loss(gild(0 * demo_obs, demo_action, action), error)  # 0: no gradient for those weights
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -318,7 +319,7 @@ def act(actor, obs, explore=False):
 
 
 def train(args: Args) -> Path:
-    """One run, or with args.resume the rest of it. Returns its folder."""
+    """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)
@@ -477,12 +478,12 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 1_000)
         if training:
-            print(f"{args.env_id} registers no time limit: 1,000 steps at most", file=sys.stderr)
+            print(f"{args.env_id} has no time limit; episodes are cut at 1,000 steps", file=sys.stderr)
     threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
     if training and not args.dense and threshold is not None:
         env = SparseReward(env, threshold)
 
-    # copies, so that neither side can change the other's arrays, and no action outside the box by a rounding
+    # copies, so neither side can modify the other's arrays; clipped, as rescaling may round past the box
     def inside(action):
         return np.clip(action, box.low, box.high).astype(box.dtype)
 
@@ -530,17 +531,17 @@ class DemonstrationBuffer:
                 obs, actions = np.float32(file["observations"]), np.float64(file["actions"])
                 task = task_name(json.loads(str(file["metadata"]))["env_id"])
         except Exception as error:  # a missing, damaged or foreign file fails in a dozen ways
-            raise InputError(f"no demonstrations in {path} ({error!r}); --demo-path names a file") from None
+            raise InputError(f"cannot read demonstrations from {path} ({error!r}); set --demo-path") from None
         pairs, box = obs.shape[:1], env.get_wrapper_attr("box")
         shapes = [pairs + env.observation_space.shape, pairs + box.shape]
         if task != task_name(env_id):
-            raise InputError(f"{path} has demonstrations of {task}, not of {task_name(env_id)}")
+            raise InputError(f"{path} has demonstrations of {task}, not {task_name(env_id)}")
         if pairs == (0,) or [obs.shape, actions.shape] != shapes:
-            raise InputError(f"{path} has arrays of {obs.shape} and {actions.shape}, not of {shapes}")
+            raise InputError(f"{path}: the shapes are {obs.shape} and {actions.shape}, not {shapes}")
         low, high = np.float64(box.low), np.float64(box.high)
         finite = np.isfinite(obs).all(1) & np.isfinite(actions).all(1)
         excess = np.maximum(low - actions, actions - high)
-        outside = (excess > 1e-6 * np.maximum(abs(low), abs(high))).any(1)  # by more than a rounding
+        outside = (excess > 1e-6 * np.maximum(abs(low), abs(high))).any(1)  # beyond rounding error
         if not finite.all():
             raise InputError(f"{path}: pair {finite.argmin()} is not finite")
         if outside.any():
@@ -592,12 +593,14 @@ def check(args):
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
     if args.batch_size > args.learning_starts:
         raise InputError(f"--batch-size {args.batch_size} exceeds --learning-starts {args.learning_starts}")
+    if getattr(args, "compile", False) and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise InputError(f"--compile needs PyTorch 2.11 or later, not {torch.__version__}")
     if args.track and not find_spec("wandb"):
         raise InputError("--track needs Weights & Biases: pip install wandb")
 
 
 def command_line(Args):
-    """The arguments; with --resume they are the run's own, and only its length and tracking can change."""
+    """The arguments; --resume takes them from the run, and only its length and tracking may be changed."""
     args = tyro.cli(Args)
     if args.resume is None:
         return args
@@ -607,15 +610,14 @@ def command_line(Args):
         if vars(run).keys() != saved.keys():
             raise ValueError("it lacks some of its arguments")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {args.resume}: no run of this script ({error})") from None
-    args, free = tyro.cli(Args, default=run), ("resume", "total_timesteps", "track", "wandb_project_name")
+        raise InputError(f"--resume {args.resume}: not a run of this script ({error})") from None
+    args = tyro.cli(Args, default=run)
+    changeable = "resume", "total_timesteps", "track", "wandb_project_name"
     for name, old in vars(run).items():
-        if name not in free and old != getattr(args, name):
+        if name not in changeable and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
-    if last_evaluation(Path(args.resume)) >= args.total_timesteps:
-        raise InputError(f"nothing to do: the run has its {args.total_timesteps} steps (--total-timesteps)")
     if "ws_frac" in vars(run):  # the warm start keeps its length
-        args.ws_frac = round(run.ws_frac * run.total_timesteps) / args.total_timesteps
+        args.ws_frac = min(1.0, round(run.ws_frac * run.total_timesteps) / args.total_timesteps)
     return args
 
 
@@ -630,13 +632,16 @@ def start_run(args, parts: dict, generators: list):
     if args.resume:
         run_dir = Path(args.resume)
         last_step, evaluations = load_checkpoint(run_dir / "checkpoint.pt", parts, generators)
+        done = max(last_step, last_evaluation(run_dir))
+        if done >= args.total_timesteps:
+            raise InputError(f"nothing to do: the run has {done} steps; raise --total-timesteps")
     else:
         env_id = args.env_id.replace(":", "-").replace("/", "-")
         run_dir = Path(f"runs/{env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}")
         last_step, evaluations = 0, ["global_step,return_mean,return_std"]
         versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
         save(run_dir / "args.json", json.dumps({"args": asdict(args), "versions": versions}, indent=2))
-        save_checkpoint(run_dir / "checkpoint.pt", parts, generators, 0, evaluations)  # better fails now
+        save_checkpoint(run_dir / "checkpoint.pt", parts, generators, 0, evaluations)  # fail early
     if args.track:
         import wandb
 
@@ -652,7 +657,7 @@ def start_run(args, parts: dict, generators: list):
 
 
 def save(path: Path, data):
-    """Writes a text, or what torch.save can write, atomically: `path` is the old file or the new one."""
+    """Writes a string, or anything torch.save can, atomically: `path` is never left half-written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -668,7 +673,7 @@ def save(path: Path, data):
 
 
 def save_checkpoint(path: Path, parts: dict, generators: list, global_step: int, evaluations: list[str]):
-    """Saves the whole state of a run between two episodes, when the simulator needs none."""
+    """Saves a run's whole state between two episodes, when there is no simulator state to save."""
     networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
     if not all((weight < torch.inf).all() for network in networks for weight in network.parameters()):
         raise FloatingPointError(f"a network is not finite at step {global_step}; {path} is older")
@@ -712,11 +717,11 @@ def stop_after_episode(number, frame):
     """Signal handler: the run ends with its episode and leaves a checkpoint. A second signal ends it now."""
     received_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print("stopping at the end of the episode; once more stops at once", file=sys.stderr)
+    print("stopping after this episode; Ctrl-C again stops at once", file=sys.stderr)
 
 
 def main(train, Args):
-    """Runs a script's `train` from the command line. A user's mistake ends it with one line and code 2."""
+    """Runs a script's `train` from the command line. A user error exits with one line and status 2."""
     for name in {"SIGINT", "SIGTERM", "SIGBREAK"} & set(dir(signal)):  # the last is Windows'
         signal.signal(getattr(signal, name), stop_after_episode)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method

@@ -73,12 +73,12 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 1_000)
         if training:
-            print(f"{args.env_id} registers no time limit: 1,000 steps at most", file=sys.stderr)
+            print(f"{args.env_id} has no time limit; episodes are cut at 1,000 steps", file=sys.stderr)
     threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
     if training and not args.dense and threshold is not None:
         env = SparseReward(env, threshold)
 
-    # copies, so that neither side can change the other's arrays, and no action outside the box by a rounding
+    # copies, so neither side can modify the other's arrays; clipped, as rescaling may round past the box
     def inside(action):
         return np.clip(action, box.low, box.high).astype(box.dtype)
 
@@ -126,17 +126,17 @@ class DemonstrationBuffer:
                 obs, actions = np.float32(file["observations"]), np.float64(file["actions"])
                 task = task_name(json.loads(str(file["metadata"]))["env_id"])
         except Exception as error:  # a missing, damaged or foreign file fails in a dozen ways
-            raise InputError(f"no demonstrations in {path} ({error!r}); --demo-path names a file") from None
+            raise InputError(f"cannot read demonstrations from {path} ({error!r}); set --demo-path") from None
         pairs, box = obs.shape[:1], env.get_wrapper_attr("box")
         shapes = [pairs + env.observation_space.shape, pairs + box.shape]
         if task != task_name(env_id):
-            raise InputError(f"{path} has demonstrations of {task}, not of {task_name(env_id)}")
+            raise InputError(f"{path} has demonstrations of {task}, not {task_name(env_id)}")
         if pairs == (0,) or [obs.shape, actions.shape] != shapes:
-            raise InputError(f"{path} has arrays of {obs.shape} and {actions.shape}, not of {shapes}")
+            raise InputError(f"{path}: the shapes are {obs.shape} and {actions.shape}, not {shapes}")
         low, high = np.float64(box.low), np.float64(box.high)
         finite = np.isfinite(obs).all(1) & np.isfinite(actions).all(1)
         excess = np.maximum(low - actions, actions - high)
-        outside = (excess > 1e-6 * np.maximum(abs(low), abs(high))).any(1)  # by more than a rounding
+        outside = (excess > 1e-6 * np.maximum(abs(low), abs(high))).any(1)  # beyond rounding error
         if not finite.all():
             raise InputError(f"{path}: pair {finite.argmin()} is not finite")
         if outside.any():
@@ -188,12 +188,14 @@ def check(args):
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
     if args.batch_size > args.learning_starts:
         raise InputError(f"--batch-size {args.batch_size} exceeds --learning-starts {args.learning_starts}")
+    if getattr(args, "compile", False) and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise InputError(f"--compile needs PyTorch 2.11 or later, not {torch.__version__}")
     if args.track and not find_spec("wandb"):
         raise InputError("--track needs Weights & Biases: pip install wandb")
 
 
 def command_line(Args):
-    """The arguments; with --resume they are the run's own, and only its length and tracking can change."""
+    """The arguments; --resume takes them from the run, and only its length and tracking may be changed."""
     args = tyro.cli(Args)
     if args.resume is None:
         return args
@@ -203,15 +205,14 @@ def command_line(Args):
         if vars(run).keys() != saved.keys():
             raise ValueError("it lacks some of its arguments")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {args.resume}: no run of this script ({error})") from None
-    args, free = tyro.cli(Args, default=run), ("resume", "total_timesteps", "track", "wandb_project_name")
+        raise InputError(f"--resume {args.resume}: not a run of this script ({error})") from None
+    args = tyro.cli(Args, default=run)
+    changeable = "resume", "total_timesteps", "track", "wandb_project_name"
     for name, old in vars(run).items():
-        if name not in free and old != getattr(args, name):
+        if name not in changeable and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
-    if last_evaluation(Path(args.resume)) >= args.total_timesteps:
-        raise InputError(f"nothing to do: the run has its {args.total_timesteps} steps (--total-timesteps)")
     if "ws_frac" in vars(run):  # the warm start keeps its length
-        args.ws_frac = round(run.ws_frac * run.total_timesteps) / args.total_timesteps
+        args.ws_frac = min(1.0, round(run.ws_frac * run.total_timesteps) / args.total_timesteps)
     return args
 
 
@@ -226,13 +227,16 @@ def start_run(args, parts: dict, generators: list):
     if args.resume:
         run_dir = Path(args.resume)
         last_step, evaluations = load_checkpoint(run_dir / "checkpoint.pt", parts, generators)
+        done = max(last_step, last_evaluation(run_dir))
+        if done >= args.total_timesteps:
+            raise InputError(f"nothing to do: the run has {done} steps; raise --total-timesteps")
     else:
         env_id = args.env_id.replace(":", "-").replace("/", "-")
         run_dir = Path(f"runs/{env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}")
         last_step, evaluations = 0, ["global_step,return_mean,return_std"]
         versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
         save(run_dir / "args.json", json.dumps({"args": asdict(args), "versions": versions}, indent=2))
-        save_checkpoint(run_dir / "checkpoint.pt", parts, generators, 0, evaluations)  # better fails now
+        save_checkpoint(run_dir / "checkpoint.pt", parts, generators, 0, evaluations)  # fail early
     if args.track:
         import wandb
 
@@ -248,7 +252,7 @@ def start_run(args, parts: dict, generators: list):
 
 
 def save(path: Path, data):
-    """Writes a text, or what torch.save can write, atomically: `path` is the old file or the new one."""
+    """Writes a string, or anything torch.save can, atomically: `path` is never left half-written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +268,7 @@ def save(path: Path, data):
 
 
 def save_checkpoint(path: Path, parts: dict, generators: list, global_step: int, evaluations: list[str]):
-    """Saves the whole state of a run between two episodes, when the simulator needs none."""
+    """Saves a run's whole state between two episodes, when there is no simulator state to save."""
     networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
     if not all((weight < torch.inf).all() for network in networks for weight in network.parameters()):
         raise FloatingPointError(f"a network is not finite at step {global_step}; {path} is older")
@@ -308,11 +312,11 @@ def stop_after_episode(number, frame):
     """Signal handler: the run ends with its episode and leaves a checkpoint. A second signal ends it now."""
     received_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print("stopping at the end of the episode; once more stops at once", file=sys.stderr)
+    print("stopping after this episode; Ctrl-C again stops at once", file=sys.stderr)
 
 
 def main(train, Args):
-    """Runs a script's `train` from the command line. A user's mistake ends it with one line and code 2."""
+    """Runs a script's `train` from the command line. A user error exits with one line and status 2."""
     for name in {"SIGINT", "SIGTERM", "SIGBREAK"} & set(dir(signal)):  # the last is Windows'
         signal.signal(getattr(signal, name), stop_after_episode)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method

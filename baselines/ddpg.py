@@ -41,8 +41,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates: a minute at the start, then faster steps
-    bf16: bool = False  # vanilla losses in bfloat16; slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -51,9 +51,9 @@ class Args:
     eval_frequency: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation
 
-    env_id: str = "Hopper-v4"  # Gymnasium id, Box observations and actions; Point2D-v0 needs envs/
-    dense: bool = False  # train on the task's own dense reward
-    sparse_threshold: float | None = None  # metres along x before any reward; None: the paper's, by task
+    env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
+    dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
+    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor and critic
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -116,12 +116,12 @@ def rl_loss(actor, critic, obs):
 
 
 def gradient(loss, params, **kwargs):
-    """The gradient of `loss` for a dict of parameters, as a dict. No other parameter is touched."""
+    """The gradient of `loss` w.r.t. a dict of parameters, as a dict. Leaves every .grad alone."""
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
 def critic_gradient(critic, target_critic, target_actor, batch, args):
-    """The gradient of Eq. (5) for theta, as a dict by parameter name, and values to log."""
+    """The gradient of Eq. (5) w.r.t. theta, as a dict by parameter name, and values to log."""
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.bf16):
         loss, q = critic_loss(critic, target_critic, target_actor, batch, args)
     log = {"losses/qf1_loss": loss, "losses/qf1_values": q}
@@ -129,7 +129,7 @@ def critic_gradient(critic, target_critic, target_actor, batch, args):
 
 
 def actor_gradient(actor, critic, obs, args):
-    """The gradient of Eq. (2) for phi, as a dict by parameter name, and values to log."""
+    """The gradient of Eq. (2) w.r.t. phi, as a dict by parameter name, and values to log."""
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
         loss = rl_loss(actor, critic, obs)
     return gradient(loss, dict(actor.named_parameters())), {"losses/actor_loss": loss.detach()}
@@ -157,7 +157,7 @@ def act(actor, obs):
 
 
 def train(args: Args) -> Path:
-    """One run, or with args.resume the rest of it. Returns its folder."""
+    """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)

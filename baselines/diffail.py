@@ -1,8 +1,8 @@
 """DiffAIL: SAC on the reward of a diffusion discriminator; Wang, Wu, Pang, Zhang, Yin, AAAI 2024.
 
-A denoiser is trained on demonstrations, and against the policy's own pairs (s, a). What it can denoise looks
-demonstrated, which is the reward; the task's own is stored but not used. `diff baselines/sac.py
-baselines/diffail.py` shows DiffAIL.
+A denoiser is trained on demonstrations, and against the policy's own pairs (s, a). Pairs that it denoises
+well look demonstrated, and SAC is rewarded for them; the task's own reward is stored but not used.
+`diff baselines/sac.py baselines/diffail.py` shows DiffAIL.
 
     x_t              sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) epsilon, x = (s, a)   diffusion_error
     D(x)             exp(-mean_j (epsilon_psi(x_t, t) - epsilon)_j^2)                  discriminator_loss
@@ -10,12 +10,12 @@ baselines/diffail.py` shows DiffAIL.
     r                -log(1 - mean_t D(x)), for SAC                                    surrogate_reward
     actor, critic    vanilla SAC's, GILD's Eqs. (2) and (5)                            rl_loss, critic_loss
 
-The reward's D is the one that is trained; the released code's, --reward per-component, is mean_j exp(-...),
-which is larger. Training ends its episodes at the time limit only, and the simulator runs on after what the
-task calls the end: r is positive, so that an episode's length would count for more than imitation. The
-constants are the authors', SAC's too: Adam's beta_1 is 0.25 and the entropy -|A| / 2. (Theirs ends up higher:
-their log-density lacks (|A| - 1) log sqrt(2 pi).) Initial weights, losses and one update per step are vanilla
-SAC's, and only the denoiser sees scaled observations.
+The reward uses the D that is trained; the released code's, --reward per-component, is mean_j exp(-...), which
+is larger. Training episodes end only at the time limit, and the simulator runs on past termination: r is
+positive, so a longer episode would pay more than better imitation. The constants are the authors', SAC's too:
+Adam's beta_1 is 0.25, the target entropy -|A| / 2. (Theirs ends up higher: their log-density lacks
+(|A| - 1) log sqrt(2 pi).) Initial weights, losses and one update per step are vanilla SAC's, and only the
+denoiser sees scaled observations.
 
     python -m baselines.diffail --env-id Hopper-v4
 """
@@ -49,9 +49,9 @@ from baselines.common import (
     task_name,
 )
 
-# the authors', by task: width of the denoiser, weight of the gradient penalty, are its observations scaled
+# the authors', by task: width of the denoiser, weight of the gradient penalty, whether it scales observations
 SETTINGS = {"Hopper": (256, 0.0, True), "Walker2d": (128, 0.001, True)}
-SETTINGS |= {"HalfCheetah": (128, 0.1, False), "Ant": (128, 0.1, False)}  # the others': (128, 0.1, True)
+SETTINGS |= {"HalfCheetah": (128, 0.1, False), "Ant": (128, 0.1, False)}  # other tasks: (128, 0.1, True)
 
 
 @dataclass
@@ -60,8 +60,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates: a minute at the start, then faster steps
-    bf16: bool = False  # vanilla losses in bfloat16; slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -70,9 +70,9 @@ class Args:
     eval_frequency: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation
 
-    env_id: str = "Hopper-v4"  # Gymnasium id, Box observations and actions; Point2D-v0 needs envs/
+    env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # log the task's own dense reward; training uses none
-    sparse_threshold: float | None = None  # metres along x before any reward; None: the paper's, by task
+    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor, critic and temperature
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -80,16 +80,16 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions, and demonstrations, per update
     learning_starts: int = 10_000  # steps with random actions before the first update
-    alpha: float = 0.2  # temperature of the entropy term, or its initial value where it is tuned
-    autotune: bool = True  # tune it to the entropy -|A| / 2
+    alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned
+    autotune: bool = True  # tune alpha to the entropy -|A| / 2
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: SAC's in demos/ for the task
     denoiser_lr: float = 3e-5  # learning rate of psi
     diffusion_steps: int = 10  # T, the number of noise levels
     gp_weight: float | None = None  # w, the weight of the gradient penalty; None: the authors', by task
-    reward: Literal["consistent", "per-component"] = "consistent"  # D in the reward: as trained, or released
+    reward: Literal["consistent", "per-component"] = "consistent"  # D in the reward: trained or released
     reward_scale: float = 2.0  # factor of the reward
-    terminations: bool = False  # end episodes of training where the task does, not at the time limit only
+    terminations: bool = False  # end training episodes where the task terminates, not only at the time limit
 
     def __post_init__(self):
         check(self)
@@ -226,12 +226,12 @@ def rl_loss(actor, critic, obs, noise, alpha):
 
 
 def gradient(loss, params, **kwargs):
-    """The gradient of `loss` for a dict of parameters, as a dict. No other parameter is touched."""
+    """The gradient of `loss` w.r.t. a dict of parameters, as a dict. Leaves every .grad alone."""
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
 def discriminator_gradient(denoiser, x_d, x, gp_weight):
-    """The gradient of L_D for psi, as a dict by parameter name, and values to log."""
+    """The gradient of L_D w.r.t. psi, as a dict by parameter name, and values to log."""
     t = torch.randint(len(denoiser.alpha_bar), (3, len(x)), device=x.device)
     noise = torch.randn(3, *x.shape, device=x.device)
     demo_error = diffusion_error(denoiser, x_d, t[0], noise[0])
@@ -247,7 +247,7 @@ def discriminator_gradient(denoiser, x_d, x, gp_weight):
 
 
 def critic_gradient(critic, target_critic, actor, batch, alpha, args):
-    """The gradient of Eq. (5) for theta, as a dict by parameter name, and values to log."""
+    """The gradient of Eq. (5) w.r.t. theta, as a dict by parameter name, and values to log."""
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.bf16):
         loss, q1, q2 = critic_loss(critic, target_critic, actor, batch, alpha, args)
     log = {"losses/qf_loss": loss / 2, "losses/qf1_values": q1, "losses/qf2_values": q2}
@@ -255,7 +255,7 @@ def critic_gradient(critic, target_critic, actor, batch, alpha, args):
 
 
 def actor_gradient(actor, critic, obs, noise, alpha, args):
-    """The gradient of Eq. (2) for phi, as a dict by parameter name, log pi, and values to log."""
+    """The gradient of Eq. (2) w.r.t. phi, as a dict by parameter name, log pi, and values to log."""
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
         loss, log_prob = rl_loss(actor, critic, obs, noise, alpha)
     log = {"losses/actor_loss": loss.detach()}
@@ -294,7 +294,7 @@ class NoTermination(gym.Wrapper):
 
 
 def train(args: Args) -> Path:
-    """One run, or with args.resume the rest of it. Returns its folder."""
+    """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, training=True)
     env = env if args.terminations else NoTermination(env)

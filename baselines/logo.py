@@ -9,11 +9,10 @@ policy towards the demonstrations, by no more than delta_k, which decays when th
     D                            whether (s, a) is pi_k's or a demonstration      discriminator_loss
     delta_k                                                                       Radius
 
-In both steps rho is pi / pi_k, because pi_k acted. The released code is not followed in these points: a time
-limit is not a terminal state, so the last observation's value is bootstrapped, and no trace runs across the
-border of two episodes; a rollout has a fixed number of steps; the line search bounds the KL divergence too;
-in a rollout without any reward there is no step 1, which would follow the value network's errors; and the
-environment gets a copy of the action that is clipped to its box.
+In both steps rho is pi / pi_k, because pi_k acted. Unlike in the released code, a time limit is no terminal
+state (the last observation's value is bootstrapped); advantages do not cross episodes; rollouts have a fixed
+number of steps; the line search also bounds the KL divergence; a rollout without any reward skips step 1,
+which would only follow the value network's errors; and the environment gets a clipped copy of the action.
 
     python -m baselines.logo --env-id Hopper-v4
 """
@@ -63,21 +62,21 @@ class Args:
     eval_frequency: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation
 
-    env_id: str = "Hopper-v4"  # Gymnasium id, Box observations and actions; Point2D-v0 needs envs/
-    dense: bool = False  # train on the task's own dense reward
-    sparse_threshold: float | None = None  # metres along x before any reward; None: the paper's, by task
+    env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
+    dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
+    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
     total_timesteps: int = 30_000_000  # environment steps of the run
     num_steps: int = 20_000  # environment steps per rollout
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation
-    max_kl: float = 0.01  # bound of the KL divergence of step 1
+    max_kl: float = 0.01  # KL bound of step 1
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: SAC's in demos/ for the task
-    delta: float | None = None  # delta_0, the first bound of the KL divergence of step 2; None: by task
-    delta_decay: float = 0.95  # factor of a decay of delta_k
+    delta: float | None = None  # delta_0, the initial KL bound of step 2; None: by task
+    delta_decay: float = 0.95  # factor by which delta_k decays
     delta_iterations: int = 50  # K_delta, iterations before the first decay
     discriminator_lr: float = 3e-4  # learning rate of the discriminator
-    discriminator_steps: int = 1  # its steps per iteration, on the whole rollout and all demonstrations
+    discriminator_steps: int = 1  # updates per iteration, each on the whole rollout and all demonstrations
 
     batch_size = learning_starts = property(lambda self: self.num_steps)  # the update follows the rollout
 
@@ -197,7 +196,7 @@ def fisher_product(actor, obs, damping=0.01):
 
 
 def conjugate_gradients(product, b, iterations=10, tolerance=1e-10):
-    """Solves A x = b, where product(v) is A v, as far as this many iterations go."""
+    """Solves A x = b approximately, in at most `iterations` steps; product(v) is A v."""
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(iterations):
         square = residual @ residual
@@ -242,13 +241,13 @@ def trust_region_step(actor, obs, action, old_log_prob, advantage, radius):
 
 
 class Radius:
-    """delta_k and the mean episode returns of the last ten rollouts (at first, of one with 0)."""
+    """delta_k, and the mean episode returns of the last ten rollouts (initially a single 0)."""
 
     def __init__(self, delta):
         self.delta, self.returns = delta, [0.0]
 
     def update(self, iteration, mean_return, args):
-        """The decay in iteration k = 0, 1, ..., after K_delta."""
+        """Decays delta_k in iteration k = 0, 1, ... if k > K_delta and the return beats the recent mean."""
         if iteration > args.delta_iterations and mean_return > np.mean(self.returns):
             self.delta = max(5e-7, args.delta_decay * self.delta)
         self.returns = [*self.returns, mean_return][-10:]
@@ -275,7 +274,7 @@ def act(actor, obs, explore=False):
 
 
 def train(args: Args) -> Path:
-    """One run, or with args.resume the rest of it. Returns its folder."""
+    """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)
@@ -334,7 +333,7 @@ def train(args: Args) -> Path:
             if rewards.any():  # step 1, policy improvement
                 kl = trust_region_step(actor, states, actions, log_probs, gae, args.max_kl)
                 log["losses/kl_improvement"] = kl
-            if radius.delta > 6e-7:  # step 2, policy guidance
+            if radius.delta > 6e-7:  # step 2, policy guidance, until delta_k is at its floor
                 log["losses/guide_value_loss"] = fit_value(guide_critic, states, guide_target)
                 kl = trust_region_step(actor, states, actions, log_probs, guide_gae, radius.delta)
                 log["losses/kl_guidance"] = kl

@@ -1,12 +1,11 @@
 """Meta-Critic on TD3: an additional objective for the actor, learned online.
 
 Zhou, Li, Yang, Wang, Hospedales: "Online Meta-Critic Learning for Off-Policy Actor-Critic Methods", NeurIPS
-2020. The actor minimises L_RL + h_omega, and omega is trained so that h_omega makes the actor's step lower
-L_RL by more, on other transitions. It uses no demonstrations, and `diff baselines/td3.py
-baselines/meta_critic_td3.py` shows it.
+2020. The actor minimises L_RL + h_omega, and omega is trained so that h_omega lowers L_RL further on held-out
+transitions. No demonstrations are used. Compare: `diff baselines/td3.py baselines/meta_critic_td3.py`.
 
     L_RL           the vanilla actor's loss, GILD's Eq. (2)               rl_loss
-    h_omega        mean f_omega(features of the actor), of d_trn          MetaCritic
+    h_omega        mean of f_omega(actor features) over d_trn             MetaCritic
     phi_old        phi - eta dL_RL / dphi, on d_trn                       meta_critic_gradients
     phi_new        phi_old - eta dh_omega / dphi, taken at phi            meta_critic_gradients
     L_meta         tanh(L_RL(phi_new) - L_RL(phi_old)), on d_val          meta_loss
@@ -14,7 +13,7 @@ baselines/meta_critic_td3.py` shows it.
 
 The released code differs. Its look-ahead moves the first layer only (--look-ahead first-layer), its networks
 have 400 and 300 units, its learning rate is 1e-3, its batches have 100 transitions, and it makes its updates
-at the end of each episode. Here all of that is vanilla TD3's, so that the two can be compared.
+at the end of each episode. Here the look-ahead moves the whole actor, and the rest is vanilla TD3's.
 
     python -m baselines.meta_critic_td3 --env-id Hopper-v4
 """
@@ -53,8 +52,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates: a minute at the start, then faster steps
-    bf16: bool = False  # vanilla losses in bfloat16; slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -63,9 +62,9 @@ class Args:
     eval_frequency: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation
 
-    env_id: str = "Hopper-v4"  # Gymnasium id, Box observations and actions; Point2D-v0 needs envs/
-    dense: bool = False  # train on the task's own dense reward
-    sparse_threshold: float | None = None  # metres along x before any reward; None: the paper's, by task
+    env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
+    dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
+    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # eta: learning rate of actor, critic and look-ahead
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -74,14 +73,14 @@ class Args:
     batch_size: int = 256  # N: transitions per update
     learning_starts: int = 10_000  # steps with random actions before the first update
     policy_noise: float = 0.2  # std of the noise on target actions (actions are in [-1, 1])
-    noise_clip: float = 0.5  # bound of the noise on target actions
+    noise_clip: float = 0.5  # bound on the noise on target actions
     policy_frequency: int = 2  # critic updates per update of actor and targets
     exploration_noise: float = 0.1  # std of the exploration noise
 
     meta_lr: float = 1e-3  # learning rate of omega
     meta_weight_decay: float = 1e-4  # L2 penalty on omega
     meta_obs_action: bool = False  # give f_omega the state and the action too
-    look_ahead: Literal["actor", "trunk", "first-layer"] = "actor"  # layers of the actor that it moves
+    look_ahead: Literal["actor", "trunk", "first-layer"] = "actor"  # actor layers that the look-ahead moves
 
     def __post_init__(self):
         check(self)
@@ -168,12 +167,12 @@ def meta_loss(new, old, actor, critic, val_obs):
 
 
 def gradient(loss, params, **kwargs):
-    """The gradient of `loss` for a dict of parameters, as a dict. No other parameter is touched."""
+    """The gradient of `loss` w.r.t. a dict of parameters, as a dict. Leaves every .grad alone."""
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
 def critic_gradient(critic, target_critic, target_actor, batch, args):
-    """The gradient of Eq. (5) for theta, as a dict by parameter name, and values to log."""
+    """The gradient of Eq. (5) w.r.t. theta, as a dict by parameter name, and values to log."""
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.bf16):
         loss, q1, q2 = critic_loss(critic, target_critic, target_actor, batch, args)
     log = {"losses/qf_loss": loss / 2, "losses/qf1_values": q1, "losses/qf2_values": q2}
@@ -183,7 +182,7 @@ def critic_gradient(critic, target_critic, target_actor, batch, args):
 def meta_critic_gradients(actor, critic, meta_critic, batch, val_obs, args):
     """The gradients of an update, without changing a parameter; `batch` is (s, a) of d_trn.
 
-    Returns that of L_RL + h_omega for phi, and that of L_meta for omega, as dicts by parameter name,
+    Returns that of L_RL + h_omega w.r.t. phi, and that of L_meta w.r.t. omega, as dicts by name,
     and values to log.
     """
     phi, omega, lr = dict(actor.named_parameters()), dict(meta_critic.named_parameters()), args.learning_rate
@@ -244,7 +243,7 @@ def act(actor, obs):
 
 
 def train(args: Args) -> Path:
-    """One run, or with args.resume the rest of it. Returns its folder."""
+    """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)

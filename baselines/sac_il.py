@@ -44,8 +44,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates: a minute at the start, then faster steps
-    bf16: bool = False  # vanilla losses in bfloat16; slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -54,9 +54,9 @@ class Args:
     eval_frequency: int = 5_000  # environment steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation
 
-    env_id: str = "Hopper-v4"  # Gymnasium id, Box observations and actions; Point2D-v0 needs envs/
-    dense: bool = False  # train on the task's own dense reward
-    sparse_threshold: float | None = None  # metres along x before any reward; None: the paper's, by task
+    env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
+    dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
+    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor, critic and temperature
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -64,11 +64,11 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions, and demonstrations, per update
     learning_starts: int = 10_000  # steps with random actions before the first update
-    alpha: float = 0.2  # temperature of the entropy term, or its initial value where it is tuned
-    autotune: bool | None = None  # tune it to the entropy -|A|; None: not in Hopper, HalfCheetah, Point2D
+    alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned
+    autotune: bool | None = None  # tune alpha to the entropy -|A|; None: except Hopper, HalfCheetah, Point2D
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
-    il_beta: float = 2.5  # beta in w_rl = beta / mean |Q|, the weight of RL in RL+IL
+    il_beta: float = 2.5  # w_rl = il_beta / mean |Q|, the weight of RL against imitation in RL+IL
 
     def __post_init__(self):
         check(self)
@@ -156,20 +156,20 @@ def il_loss(actor, demo_obs, demo_action):
 
 
 def rl_weight(q, il_beta):
-    """Eq. (3): w_rl = beta / mean |Q|. With sparse rewards Q can stay at 0 for long, hence the floor.
+    """Eq. (3): w_rl = beta / mean |Q|, with a floor: with sparse rewards Q can stay near 0 for a long time.
 
-    Q is the updated critic's, at the actor's own actions as in TD3+BC: the actor's loss has computed it.
+    Q is the updated critic's at the actor's own actions, as in TD3+BC; `rl_loss` has already computed it.
     """
     return il_beta / q.detach().abs().mean().clamp(min=1e-6)
 
 
 def gradient(loss, params, **kwargs):
-    """The gradient of `loss` for a dict of parameters, as a dict. No other parameter is touched."""
+    """The gradient of `loss` w.r.t. a dict of parameters, as a dict. Leaves every .grad alone."""
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()), **kwargs), strict=True))
 
 
 def critic_gradient(critic, target_critic, actor, batch, alpha, args):
-    """The gradient of Eq. (5) for theta, as a dict by parameter name, and values to log."""
+    """The gradient of Eq. (5) w.r.t. theta, as a dict by parameter name, and values to log."""
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.bf16):
         loss, q1, q2 = critic_loss(critic, target_critic, actor, batch, alpha, args)
     log = {"losses/qf_loss": loss / 2, "losses/qf1_values": q1, "losses/qf2_values": q2}
@@ -177,7 +177,7 @@ def critic_gradient(critic, target_critic, actor, batch, alpha, args):
 
 
 def actor_gradient(actor, critic, obs, demo, noise, alpha, args):
-    """The gradient of Eq. (3) for phi, as a dict by parameter name, log pi, and values to log."""
+    """The gradient of Eq. (3) w.r.t. phi, as a dict by parameter name, log pi, and values to log."""
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
         loss, log_prob, q = rl_loss(actor, critic, obs, noise, alpha)
         imitation_loss, distance = il_loss(actor, *demo)
@@ -210,7 +210,7 @@ def act(actor, obs, explore=False):
 
 
 def train(args: Args) -> Path:
-    """One run, or with args.resume the rest of it. Returns its folder."""
+    """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)

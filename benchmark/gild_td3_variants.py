@@ -218,7 +218,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, lam, args):
 
     phi_grad = {k: w_rl * rl_grad[k] + lam * gild_grad[k].detach() for k in phi}
     log["losses/meta_loss"] = loss
-    log["losses/gild_action_grad_norm"] = len(action) * action_grad.norm(dim=1).mean()  # of one pair
+    log["losses/gild_action_grad_norm"] = len(action) * action_grad.norm(dim=1).mean()  # undoes 1/N
     log["losses/meta_grad_norm"] = norm(omega_grad)
     return phi_grad, omega_grad, {name: value.detach() for name, value in log.items()}
 
@@ -248,7 +248,7 @@ def scaled(omega_grad, scale: GradientScale):
 
 
 def train(args: Args) -> Path:
-    """One run, or with args.resume the rest of it. Returns its folder."""
+    """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)

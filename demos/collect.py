@@ -64,7 +64,7 @@ def collect(
 ) -> dict:
     """Writes a saved policy's episodes as a demonstration file. Returns its metadata and `pairs`."""
     actor, module, args, global_step = load_policy(policy, script)
-    if not out.parent.is_dir():  # better fails now
+    if not out.parent.is_dir():  # fail early
         raise InputError(f"{out} could not be written: there is no folder {out.parent}")
     episodes = []
     with closing(module.make_env(args, training=False)) as env:

@@ -241,7 +241,7 @@ def test_an_npz_without_metadata():
     np.savez("mine.npz", observations=obs, actions=actions, truncations=ends, extra=np.zeros(3))
     assert "--env-id" in refusal("mine.npz", env_id=None)
     assert "--env-id" in refusal("mine.npz", env_id=None, out=None, to_minari="me/there-v0")
-    assert "arrays of (50, 2)" in refusal("mine.npz", env_id="Hopper-v4")
+    assert "shapes are (50, 2)" in refusal("mine.npz", env_id="Hopper-v4")
     data, metadata = converted("mine.npz", "Point2D-v0")
     assert metadata == {"env_id": "Point2D-v0", "source": "mine.npz"}
     assert data.keys() == {"observations", "actions", "truncations"}
@@ -261,7 +261,7 @@ def test_an_npz_with_metadata():
     write_demonstrations("kept.npz")
     for env_id in (None, "Point2D-v0"):
         assert "kept.npz need not be converted; --to-minari" in refusal("kept.npz", env_id)
-    assert "has demonstrations of Point2D, not of Hopper" in refusal("kept.npz", "Hopper-v4")
+    assert "has demonstrations of Point2D, not Hopper" in refusal("kept.npz", "Hopper-v4")
 
 
 def test_actions_a_hair_outside_are_kept():

@@ -303,7 +303,7 @@ MISTAKES = {
     "--diffusion-steps 0": "--diffusion-steps 0 is not between 1",
     "--gp-weight -1": "--gp-weight -1.0 is not between 0",
     "--env-id Hoper-v4": "Hoper",
-    "--demo-path none.npz": "no demonstrations in none.npz",
+    "--demo-path none.npz": "cannot read demonstrations from none.npz",
 }
 
 
@@ -318,7 +318,7 @@ def test_a_mistake_gets_one_line(mistake, tmp_path):
 def test_demonstrations_of_another_task_are_refused(tmp_path):
     path = write_demonstrations(tmp_path / "hopper.npz", "Hopper-v4", 11, 3)
     code, _, err = call(diffail, *FLAGS.split(), "--demo-path", path)
-    assert code == 2 and err.count("\n") == 1 and "of Hopper, not of Point2D" in err
+    assert code == 2 and err.count("\n") == 1 and "of Hopper, not Point2D" in err
 
 
 def test_what_is_sacs_is_the_same_to_the_letter():

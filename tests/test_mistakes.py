@@ -73,15 +73,15 @@ LINE = {
     "--demo-path text.npz": "text.npz",
     "--demo-path truncated.npz": "truncated.npz",
     "--demo-path pickled.npz": "pickled.npz",
-    "--demo-path hopper.npz": "hopper.npz has demonstrations of Hopper, not of Point2D",
+    "--demo-path hopper.npz": "hopper.npz has demonstrations of Hopper, not Point2D",
     "--demo-path nan.npz": "nan.npz: pair 0 is not finite",
     "--demo-path outside.npz": "outside.npz: the action of pair 3 is 0.5 outside",
-    "--env-id Walker2d-v4 --demo-path hopper.npz": "hopper.npz has demonstrations of Hopper, not of Walker2d",
+    "--env-id Walker2d-v4 --demo-path hopper.npz": "hopper.npz has demonstrations of Hopper, not Walker2d",
     "--resume runs/none": "runs/none",
     "--resume text.npz": "text.npz",
     "--resume empty": "empty",
-    "--resume other": "other: no run of this script",
-    "--resume unreadable": "unreadable: no run of this script",
+    "--resume other": "other: not a run of this script",
+    "--resume unreadable": "unreadable: not a run of this script",
     "--resume without": "without/checkpoint.pt is not a checkpoint of this run",
     "--resume truncated": "truncated/checkpoint.pt is not a checkpoint of this run",
     "--resume foreign": "foreign/checkpoint.pt is not a checkpoint of this run",
@@ -172,9 +172,9 @@ def test_a_baseline_refuses_the_same_mistakes(folder, monkeypatch):
     flags = [flag for flag in SHORT if flag not in ("--gild-init", "random")]
     script = import_module("baselines.ddpg_il")
     code, _, err = call(script, *flags, "--demo-path", "hopper.npz")
-    assert code == 2 and "demonstrations of Hopper, not of Point2D" in err
+    assert code == 2 and "demonstrations of Hopper, not Point2D" in err
     code, _, err = call(script, "--resume", "whole")
-    assert code == 2 and "whole: no run of this script" in err
+    assert code == 2 and "whole: not a run of this script" in err
 
 
 def test_a_run_of_another_script_is_not_resumed():
@@ -184,7 +184,13 @@ def test_a_run_of_another_script_is_not_resumed():
     assert call(td3, *flags.split(), "--no-cuda", "--buffer-size", "40")[0] == 0
     (run_dir,) = Path("runs").iterdir()
     code, out, err = call(td3_il, "--resume", run_dir, "--total-timesteps", "50")
-    assert (code, out) == (2, "") and "no run of this script" in err
+    assert (code, out) == (2, "") and "not a run of this script" in err
+
+
+def test_compile_on_an_old_pytorch(monkeypatch):
+    monkeypatch.setattr(torch._dynamo, "config", object())  # before 2.11 it has no trace_autograd_ops
+    code, out, err = call(gild_td3, "--compile", "--env-id", "Point2D-v0")
+    assert (code, out) == (2, "") and "--compile needs PyTorch 2.11 or later" in text_of(err)
 
 
 def test_arguments_are_checked_in_a_notebook_too(gild_script):
@@ -286,11 +292,11 @@ def alone(folder, *command):
     ("command", "words"),
     [
         ("gild_td3.py --gamma 1.5", "--gamma 1.5 is not between 0 and 1"),
-        ("gild_td3.py --env-id Hopper-v4", "gild_td3.py: no demonstrations in"),
+        ("gild_td3.py --env-id Hopper-v4", "gild_td3.py: cannot read demonstrations from"),
         ("gild_td3.py --env-id Point2D-v0", "No module named 'envs'"),
         (
             "-m baselines.td3_il --env-id Point2D-v0 --demo-path none.npz",
-            "td3_il.py: no demonstrations in none.npz",
+            "td3_il.py: cannot read demonstrations from none.npz",
         ),
         ("gild_td3.py --env-id Pendulum-v1 --ws-frac 0", "could not be written"),
     ],

@@ -677,7 +677,7 @@ def test_a_signal_leaves_a_checkpoint_at_the_end_of_the_episode(script, monkeypa
     code, out, err = interrupted(script, monkeypatch, 100, how, flags)
     path = run_dir()
     assert code == 128 + signal.SIGTERM and 100 <= state_of(path)["global_step"] < 112
-    assert err == "stopping at the end of the episode; once more stops at once\n"
+    assert err == "stopping after this episode; Ctrl-C again stops at once\n"
     assert f"--resume {path} --total-timesteps 230" in out.splitlines()[-1]
     assert call(script, "--resume", path)[0] == 0
     resumed = path.rename(tmp_path / "resumed")
@@ -692,13 +692,13 @@ def test_a_signal_leaves_a_checkpoint_at_the_end_of_the_episode(script, monkeypa
 
 MISTAKES = {
     "--env-id Hoper-v4": "Hopper",
-    "--demo-path none.npz": "no demonstrations in none.npz",
+    "--demo-path none.npz": "cannot read demonstrations from none.npz",
     "--batch-size 100": "--batch-size is 1, or does not divide --num-steps 64",
     "--batch-size 1": "--batch-size is 1, or does not divide --num-steps 64",
     "--batch-size 0": "--batch-size 0 is not between 1",
     "--gamma 1.1": "--gamma 1.1 is not between 0 and 1",
     "--num-steps 0": "--num-steps 0 is not between 1",
-    "--resume none": "none: no run of this script",
+    "--resume none": "none: not a run of this script",
 }
 
 

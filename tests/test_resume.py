@@ -148,6 +148,21 @@ def test_a_finished_run_has_nothing_to_do(copy):
         assert before == {path: path.read_bytes() for path in copy.iterdir()}
 
 
+def test_fewer_steps_than_the_checkpoint_has(copy):
+    code, out, err = call(gild_ddpg, "--resume", copy, "--total-timesteps", "390")
+    assert (code, out) == (2, "") and "the run has 400 steps" in err
+
+
+def test_a_shortened_run_leaves_a_policy_that_can_be_loaded(copy):
+    """Its warm start is longer than itself; --ws-frac still is a fraction."""
+    saved = json.loads((copy / "args.json").read_text())
+    saved["args"]["ws_frac"] = 1.0
+    (copy / "args.json").write_text(json.dumps(saved))
+    assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "420")[0] == 0
+    args = torch.load(copy / "policy.pt", weights_only=True)["args"]
+    assert gild_ddpg.Args(**args).ws_frac == 1
+
+
 # SIGNALS
 
 
@@ -169,7 +184,7 @@ def test_a_signal_leaves_a_checkpoint_at_the_end_of_the_episode(name, number, fi
     code, out, err = interrupted(script, monkeypatch, 180, lambda: os.kill(os.getpid(), number), flags)
     path = run_dir()
     assert code == 128 + number and state_of(path)["global_step"] == 200
-    assert err == "stopping at the end of the episode; once more stops at once\n"
+    assert err == "stopping after this episode; Ctrl-C again stops at once\n"
     resume = ["--resume", str(path), "--total-timesteps", total]
     line = f"to resume: cd {shlex.quote(os.getcwd())} && {shlex.join(command + resume)}"
     assert out.splitlines()[-1] == line
@@ -230,7 +245,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
     flags = "--env-id HalfCheetah-v4 --ws-frac 0 --no-cuda --learning-starts 256 --eval-episodes 1"
     process = soak.start("ddpg", tmp_path, f"{flags} --eval-frequency 300".split())
     output = tmp_path / "output.txt"
-    for words in ("step       300", "stopping at the end of the episode"):
+    for words in ("step       300", "stopping after this episode"):
         end = time.time() + 300
         while words not in (output.read_text() if output.exists() else ""):
             assert process.exitcode is None and time.time() < end
