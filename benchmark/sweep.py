@@ -501,7 +501,7 @@ def note_signal(number, frame):
     """Signal handler: the runs finish their episodes. A second signal ends them at once."""
     received_signals.append(number)
     signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    print("stopping: each run finishes its episode; once more stops at once", file=sys.stderr)
+    print("stopping: each run finishes its episode; Ctrl-C again stops at once", file=sys.stderr)
 
 
 class Display:

@@ -165,7 +165,7 @@ def test_a_study_that_is_stopped_and_started_again(study, expected):
     assert out.splitlines()[-1].startswith("to resume: python -m benchmark.sweep ")
     assert "stopping: each run finishes its episode" in err
     assert not (study.parent / "results").exists() and not log(study, "ddpg-gild")
-    assert "stopping at the end of the episode" in log(study, "ddpg")
+    assert "stopping after this episode" in log(study, "ddpg")
     code, out, err = finish(start(study, "--jobs", "2"))
     assert code == 0, err
     assert "resumed from step" in log(study, "ddpg")
