@@ -206,10 +206,9 @@ def command_line(Args):
             raise ValueError("it lacks some of its arguments")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {args.resume}: not a run of this script ({error})") from None
-    args = tyro.cli(Args, default=run)
-    changeable = "resume", "total_timesteps", "track", "wandb_project_name"
+    args, free = tyro.cli(Args, default=run), ("resume", "total_timesteps", "track", "wandb_project_name")
     for name, old in vars(run).items():
-        if name not in changeable and old != getattr(args, name):
+        if name not in free and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
     if "ws_frac" in vars(run):  # the warm start keeps its length
         args.ws_frac = min(1.0, round(run.ws_frac * run.total_timesteps) / args.total_timesteps)
@@ -227,9 +226,8 @@ def start_run(args, parts: dict, generators: list):
     if args.resume:
         run_dir = Path(args.resume)
         last_step, evaluations = load_checkpoint(run_dir / "checkpoint.pt", parts, generators)
-        done = max(last_step, last_evaluation(run_dir))
-        if done >= args.total_timesteps:
-            raise InputError(f"nothing to do: the run has {done} steps; raise --total-timesteps")
+        if max(last_step, last_evaluation(run_dir)) >= args.total_timesteps:
+            raise InputError("nothing to do: the run has its steps already; raise --total-timesteps")
     else:
         env_id = args.env_id.replace(":", "-").replace("/", "-")
         run_dir = Path(f"runs/{env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}")
