@@ -258,14 +258,17 @@ def aggregate_table(study: Study, runs, baseline: str) -> str:
     return markdown(["", "mean", "interquartile mean", versus], lines) if lines else ""
 
 
+def has_time(run) -> bool:
+    """The oldest results have no wall time, those of a batch have none of their own."""
+    return "wall_time" in run.dtype.names and np.isfinite(run["wall_time"][-1])
+
+
 def time_table(study: Study, runs) -> str:
     """The layout of the paper's Table 3: wall time as a ratio to the vanilla algorithm's."""
     minutes, lines = {}, []  # per 100,000 steps, a mean over tasks and seeds
     for key in study.variants:
         tables = [run for variants in runs.values() for run in variants.get(key, {}).values()]
-        times = [
-            run["wall_time"][-1] / run["global_step"][-1] for run in tables if "wall_time" in run.dtype.names
-        ]
+        times = [run["wall_time"][-1] / run["global_step"][-1] for run in tables if has_time(run)]
         if times:
             minutes[key] = np.mean(times) * 100_000 / 60
     for key, time in minutes.items():

@@ -561,8 +561,9 @@ def seconds_per_step(results: Path) -> dict[tuple[str, str], float]:
         about, rows = json.loads(path.read_text()), path.with_suffix(".csv").read_text().splitlines()
         last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
         key = about["script"], task_name(about["args"]["env_id"])
-        times.setdefault(key, []).append(float(last["wall_time"]) / int(last["global_step"]))
-    return {key: float(np.nanmean(values)) for key, values in times.items()}
+        if last["wall_time"] != "nan":  # as in a batch
+            times.setdefault(key, []).append(float(last["wall_time"]) / int(last["global_step"]))
+    return {key: float(np.mean(values)) for key, values in times.items()}
 
 
 def list_runs(runs: list[Run], folder: Path, results: Path, jobs: int):
