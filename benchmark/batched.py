@@ -20,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -394,8 +395,19 @@ def shared(*shape, dtype=np.float32) -> np.ndarray:
     return np.frombuffer(multiprocessing.RawArray("b", size), dtype).reshape(shape)
 
 
+def end_with_parent():
+    """Ends this process once its parent has ended, even if that was killed."""
+
+    def watch(parent):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+
 def wait_for(counts: np.ndarray, value: int, processes=()):
-    """Waits until all of a shared array has this value; busily, as it is a matter of microseconds."""
+    """Waits, busily, until all of a shared array has this value."""
     since = time.monotonic()
     while (counts != value).any():
         os.sched_yield()
@@ -422,10 +434,9 @@ class Environments:
             process.start()
 
     def work(self, number: int, share: dict):
-        envs, returns = (
-            {slot: make_env(args, training=True) for slot, args in share.items()},
-            self.last_return,
-        )
+        end_with_parent()
+        envs = {slot: make_env(args, training=True) for slot, args in share.items()}
+        returns = self.last_return
         for slot, env in envs.items():
             self.obs[slot], _ = env.reset(seed=share[slot].seed)
         so_far = dict.fromkeys(envs, 0.0)
@@ -474,6 +485,7 @@ def rollouts(actor, args) -> tuple[np.ndarray, np.ndarray]:
 
 def evaluate_policies(learners: list[Learner], demos: list[tuple], policies, rows):
     """A process that turns policies into rows of a result. Both are queues, by run."""
+    end_with_parent()
     for slot, parameters, row in iter(policies.get, None):
         args, (demo_obs, demo_actions) = learners[slot].args, demos[slot]
         actor = Actor(demo_obs.shape[1], demo_actions.shape[1])

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from functools import partial
 from importlib import import_module
@@ -153,11 +154,18 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def train(path, results):
+def start(path, results):
     command = [sys.executable, "-m", "benchmark.batched", path, "--results", results]
     command += ["--no-compile", "--processes", "2"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def train(path, results):
+    process = start(path, results)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return out
 
 
 def test_a_study_ends_with_results_twice_the_same(tmp_path):
@@ -182,6 +190,19 @@ def test_a_study_ends_with_results_twice_the_same(tmp_path):
             and about["batch"].items() >= {"runs": 9, "device": "cpu"}.items()
         )
     assert "0 runs in 0 batches; 9 have a result" in train(path, "a")
+
+
+def test_nothing_outlives_a_study_that_is_killed(tmp_path):
+    process = start(study(tmp_path, {"td3": "baselines.td3"}, flags="--eval-frequency 41", steps=10**5), "a")
+    while "step 82" not in process.stdout.readline():  # it learns
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 def test_environments_give_what_the_scripts_would(tmp_path):
