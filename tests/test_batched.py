@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from baselines.common import evaluate, make_env
-from benchmark import batched
+from benchmark import batched, report
 from benchmark.gild_td3_variants import omega_direction
-from benchmark.sweep import load_study, runs_of
+from benchmark.sweep import load_study, runs_of, seconds_per_step
 from evaluate import InputError
 from gild_td3 import Actor, Args, act
 from tests.conftest import ROOT
@@ -190,6 +190,9 @@ def test_a_study_ends_with_results_twice_the_same(tmp_path):
             and about["batch"].items() >= {"runs": 9, "device": "cpu"}.items()
         )
     assert "0 runs in 0 batches; 9 have a result" in train(path, "a")
+    assert seconds_per_step(tmp_path / "a") == {}  # a run in a batch has no time of its own
+    some = load_study(path)
+    assert report.time_table(some, report.load(some, tmp_path / "a")) == ""
 
 
 def test_nothing_outlives_a_study_that_is_killed(tmp_path):
