@@ -35,13 +35,13 @@ from torch.func import functional_call, grad, vjp
 
 from baselines.common import SPARSE_THRESHOLDS, DemonstrationBuffer, make_env, task_name
 from benchmark.gild_td3_variants import Args as Variant
-from benchmark.gild_td3_variants import Release
+from benchmark.gild_td3_variants import Release, fit_differences
 from benchmark.sweep import COLUMNS, RESULTS, ROOT, Run, check_results, load_study, result, runs_of, write
 from evaluate import InputError, command_line
 from gild_td3 import GILD, Actor, Critic, act, critic_loss, fit_imitation, il_loss, rl_loss, rl_weight
 
 SCRIPTS = "baselines.td3", "baselines.td3_il", "gild_td3", "benchmark.gild_td3_variants"
-OWN = "exp_name seed env_id il_beta ws_frac gild_init rl_weight release omega gild_form"  # other for each run
+OWN = "exp_name seed env_id il_beta ws_frac gild_init gild_fit rl_weight release omega gild_form"  # by run
 LEARNED, FROZEN, NO_F = range(3)  # what f a run follows during its warm start
 FORK = multiprocessing.get_context("fork")
 NAN = float("nan")
@@ -119,15 +119,21 @@ def demonstrations_of(args) -> DemonstrationBuffer:
     return DemonstrationBuffer(path, args.env_id, env, torch.device("cpu"))
 
 
-def first_weights(args, fit: bool) -> dict[str, dict[str, np.ndarray]]:
-    """A run's networks at its start, as its script makes them; with `fit`, f imitates."""
+def first_weights(args, fit=None) -> dict[str, dict[str, np.ndarray]]:
+    """A run's networks at its start, as its script makes them; `fit` may be a function that fits f."""
     demonstrations = demonstrations_of(args)
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     torch.manual_seed(args.seed)
     nets = {"actor": Actor(*shape), "critic": Critic(*shape), "gild": GILD(*shape)}
     if fit:
-        fit_imitation(nets["gild"], demonstrations)
+        fit(nets["gild"], demonstrations)
     return {name: {k: p.numpy() for k, p in net.state_dict().items()} for name, net in nets.items()}
+
+
+def fit_of(one: Learner):
+    if one.kind == NO_F or one.args.gild_init == "random":
+        return None
+    return fit_imitation if one.args.gild_fit == "demonstrations" else fit_differences
 
 
 # UPDATES: gradients of one run, as functions of its parameters, which are dicts by name
@@ -517,8 +523,7 @@ def train(learners: list[Learner], processes: int, args: Args):
     tasks = ", ".join(sorted({one.args.env_id for one in learners}))
     demonstrations = [demonstrations_of(one.args) for one in learners]
     demos = [(one.obs, one.actions) for one in demonstrations]
-    fits = [one.kind != NO_F and one.args.gild_init == "imitation" for one in learners]
-    keys = [(one.args.env_id, one.args.seed, fit) for one, fit in zip(learners, fits, strict=True)]
+    keys = [(one.args.env_id, one.args.seed, fit_of(one)) for one in learners]
     jobs = {key: (one.args, key[2]) for key, one in zip(keys, learners, strict=True)}
     with FORK.Pool(processes) as pool:
         weights = dict(zip(jobs, pool.starmap(first_weights, jobs.values(), 1), strict=True))

@@ -49,7 +49,7 @@ def test_an_update_is_the_scripts(tmp_path):
     """Two iterations in float64 beside each run's own script; in the second GILD has ended for two runs."""
     path = study(tmp_path, flags="--policy-noise 0 --policy-frequency 1 --learning-rate 1e-3")
     learners = made(path)
-    weights = [batched.first_weights(one.args, fit=False) for one in learners]
+    weights = [batched.first_weights(one.args) for one in learners]
     weights = [
         {name: {k: np.float64(p) for k, p in net.items()} for name, net in nets.items()} for nets in weights
     ]
@@ -134,7 +134,7 @@ def test_a_random_direction_has_the_meta_gradients_length(tmp_path):
     variants = {"learned": f"{CAPPED} --release never", "random": f"{CAPPED} --omega random --release never"}
     learners = made(study(tmp_path, variants))
     weights, demos = (
-        [batched.first_weights(one.args, fit=False) for one in learners],
+        [batched.first_weights(one.args) for one in learners],
         [torch.ones(9, 2), torch.ones(9, 2)],
     )
     batch = batched.Batch(learners, weights, [demos] * 2, torch.device("cpu"), compile=False)
@@ -241,7 +241,7 @@ def test_rollouts_are_evaluations_of_both_rewards():
 
 def test_a_minibatch_has_rows_that_were_stored(tmp_path):
     learners = made(study(tmp_path, {"td3": "baselines.td3", "il": "baselines.td3_il"}))
-    weights = [batched.first_weights(one.args, fit=False) for one in learners]
+    weights = [batched.first_weights(one.args) for one in learners]
     demos = [(torch.full((n, 2), float(n)), torch.full((n, 2), float(n))) for n in (3, 5)]
     batch = batched.Batch(learners, weights, demos, torch.device("cpu"), compile=False)
     for number in range(1, 8):

@@ -120,6 +120,39 @@ def test_the_error_form_is_conventional_imitation():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(("fit", "closest"), [("demonstrations", False), ("differences", True)])
+def test_the_fit_by_differences_has_the_slope_of_a_small_error_too(fit, closest):
+    torch.manual_seed(0)
+    _, _, demo, _ = learners(obs_dim=5, action_dim=3, pairs=500)
+
+    class Demonstrations:
+        obs, actions = demo
+
+        def sample(count):
+            rows = torch.randint(500, (count,))
+            return demo[0][rows], demo[1][rows]
+
+    gild = gild_td3.GILD(5, 3)
+    chosen = variants.fit_differences if closest else gild_td3.fit_imitation
+    assert 0 < chosen(gild, Demonstrations, iterations=600) < 0.02
+    action = (demo[1] + 0.1 * torch.randn_like(demo[1])).requires_grad_()
+    (slope,) = torch.autograd.grad(gild(*demo, action).sum(), action)
+    cosine = torch.cosine_similarity(slope, action - demo[1]).mean()
+    assert (cosine > 0.95) == closest, cosine
+    if closest:
+        away = action - demo[1]  # f knows the difference only
+        torch.testing.assert_close(gild(*demo, action), gild(0 * demo[0], 0 * demo[1], away))
+
+
+@pytest.mark.parametrize(("fit", "calls"), [("demonstrations", "old"), ("differences", "new")])
+def test_the_flag_chooses_the_fit(fit, calls, monkeypatch):
+    called = []
+    monkeypatch.setattr(variants, "fit_imitation", lambda *_: called.append("old") or 0.0)
+    monkeypatch.setattr(variants, "fit_differences", lambda *_: called.append("new") or 0.0)
+    short_run(variants, ws_frac=0.1, gild_init="imitation", gild_fit=fit)
+    assert called == [calls]
+
+
 def test_the_weighted_error_has_weights_of_mean_one():
     _, _, (demo_obs, demo_action), _ = learners()
 
