@@ -13,8 +13,8 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
                           a random one of the same length (random), none (frozen)
     --gild-form F         f as a network, as a learned weight times the imitation error (weight), or as the
                           imitation error itself (error), which makes the run RL+IL
-    --gild-fit F          f's first fit to the imitation error: at the demonstrations, as in gild_td3.py, or as
-                          a function of a - a_d alone, by its relative error (differences)
+    --gild-fit F          f's first fit to the imitation error: at the demonstrations, as in gild_td3.py, or
+                          as a function of a - a_d alone, by its relative error (differences)
     --meta-critic q2      Q1 and Q2 learn from disjoint halves of D; Q1 trains the actor, Q2 judges in Eq. (8)
 
     python -m benchmark.gild_td3_variants --rl-weight capped --clone-steps 20000 --release returns
