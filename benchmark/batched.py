@@ -35,7 +35,7 @@ from torch.func import functional_call, grad, vjp
 
 from baselines.common import SPARSE_THRESHOLDS, DemonstrationBuffer, make_env, task_name
 from benchmark.gild_td3_variants import Args as Variant
-from benchmark.gild_td3_variants import Release, fit_differences
+from benchmark.gild_td3_variants import Release, fit_demonstrations
 from benchmark.sweep import COLUMNS, RESULTS, ROOT, Run, check_results, load_study, result, runs_of, write
 from evaluate import InputError, command_line
 from gild_td3 import GILD, Actor, Critic, act, critic_loss, fit_imitation, il_loss, rl_loss, rl_weight
@@ -119,21 +119,21 @@ def demonstrations_of(args) -> DemonstrationBuffer:
     return DemonstrationBuffer(path, args.env_id, env, torch.device("cpu"))
 
 
-def first_weights(args, fit=None) -> dict[str, dict[str, np.ndarray]]:
-    """A run's networks at its start, as its script makes them; `fit` may be a function that fits f."""
+def first_weights(args, fit="") -> dict[str, dict[str, np.ndarray]]:
+    """A run's networks at its start, as its script makes them; `fit` is its --gild-fit, if it fits f."""
     demonstrations = demonstrations_of(args)
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     torch.manual_seed(args.seed)
     nets = {"actor": Actor(*shape), "critic": Critic(*shape), "gild": GILD(*shape)}
-    if fit:
-        fit(nets["gild"], demonstrations)
+    if fit == "differences":
+        fit_imitation(nets["gild"], *shape)
+    if fit == "demonstrations":
+        fit_demonstrations(nets["gild"], demonstrations)
     return {name: {k: p.numpy() for k, p in net.state_dict().items()} for name, net in nets.items()}
 
 
-def fit_of(one: Learner):
-    if one.kind == NO_F or one.args.gild_init == "random":
-        return None
-    return fit_imitation if one.args.gild_fit == "demonstrations" else fit_differences
+def fit_of(one: Learner) -> str:
+    return "" if one.kind == NO_F or one.args.gild_init == "random" else one.args.gild_fit
 
 
 # UPDATES: gradients of one run, as functions of its parameters, which are dicts by name
