@@ -286,12 +286,12 @@ def update_target(target, online, tau):
 
 
 def fit_imitation(gild, obs_dim, action_dim, iterations=2_000, batch_size=256):
-    """Fits f(s_d, a_d, a) to mean_j (a_j - a_d,j)^2 by regression. Returns the last batch's loss.
+    """Fits f(s_d, a_d, a) to mean_j (a_j - a_d,j)^2 by regression. Returns the error of the last batch.
 
     A random f would not imitate, nor learn to before the critic knows a reward: until then there is no
-    meta-gradient. Imitation needs f's slope far from a_d as well as close to it, so a - a_d has every size up
-    to 2 and the loss is relative. f sees the difference alone: s_d's weights are 0, a_d's are those of a with
-    the sign changed, and these inputs keep them so.
+    meta-gradient. Imitation needs f's slope close to a_d as well as far from it, so a - a_d has every size up
+    to 2. f sees the difference alone: s_d's weights are 0, a_d's are those of a with the sign changed, and
+    these inputs keep them so.
     """
     device, weights = next(gild.parameters()).device, gild.net[0].weight.data
     weights[:, :obs_dim] = 0
@@ -303,7 +303,7 @@ def fit_imitation(gild, obs_dim, action_dim, iterations=2_000, batch_size=256):
         size = 0.01 ** torch.rand(batch_size, 1, device=device)  # 0.01 to 1
         action = size * (2 * torch.rand(batch_size, action_dim, device=device) - 1)
         error = (2 * action).pow(2).mean(1, keepdim=True)
-        loss = ((gild(obs, -action, action) - error) / (error + 0.03)).pow(2).mean()
+        loss = F.mse_loss(gild(obs, -action, action), error)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -106,7 +106,7 @@ class Error(torch.nn.Module):
 
 
 def fit_demonstrations(gild, demonstrations, iterations=2_000, batch_size=256):
-    """How gild_td3.fit_imitation fitted f at first: at the demonstrations, by the absolute error.
+    """How gild_td3.fit_imitation fitted f at first: at the demonstrations.
 
     Half of the actions are uniform over the box, half near a_d. f keeps a floor of about 0.017: errors below
     it do not count. Returns the error of the last batch.
