@@ -35,14 +35,15 @@ from torch.func import functional_call, grad, vjp
 
 from baselines.common import SPARSE_THRESHOLDS, DemonstrationBuffer, make_env, task_name
 from benchmark.gild_td3_variants import Args as Variant
-from benchmark.gild_td3_variants import Release, fit_differences
+from benchmark.gild_td3_variants import Release, fit_demonstrations
 from benchmark.sweep import COLUMNS, RESULTS, ROOT, Run, check_results, load_study, result, runs_of, write
 from evaluate import InputError, command_line
 from gild_td3 import GILD, Actor, Critic, act, critic_loss, fit_imitation, il_loss, rl_loss, rl_weight
 
 SCRIPTS = "baselines.td3", "baselines.td3_il", "gild_td3", "benchmark.gild_td3_variants"
-OWN = "exp_name seed env_id il_beta ws_frac gild_init gild_fit rl_weight release omega gild_form"  # by run
-LEARNED, FROZEN, NO_F = range(3)  # what f a run follows during its warm start
+# arguments in which the runs of a batch may differ
+OWN = "exp_name seed env_id il_beta ws_frac gild_init gild_fit rl_weight release omega gild_form"
+LEARNED, FROZEN, NO_F = range(3)  # kinds of run, by the f that the actor follows during the warm start
 FORK = multiprocessing.get_context("fork")
 NAN = float("nan")
 
@@ -92,21 +93,28 @@ def learner(run: Run) -> Learner:
     if args.gild_lr == 0:
         args = replace(args, gild_lr=Variant.gild_lr, omega="frozen")
     beyond = args.gild_form == "weight", args.meta_critic != "q1", args.meta_loss != "gain", args.demo_path
-    if any(beyond) or (args.clone_steps and args.gild_form == "error"):
-        raise InputError(f"{run.script} {' '.join(run.flags)} has a variant that batches do not know")
+    no_f = args.gild_form == "error" or (args.release == "drop" and args.ws_frac == 0)
+    if any(beyond) or args.gild_weight_decay or (args.clone_steps and no_f):
+        raise InputError("it has flags that batches do not know")
     if args.total_timesteps > args.buffer_size:
         raise InputError(f"--total-timesteps {args.total_timesteps} exceeds --buffer-size {args.buffer_size}")
     return Learner(run, args)
 
 
 def batches(runs: list[Run]) -> list[list[Learner]]:
-    """The runs in batches of the same shapes and, but for OWN, the same arguments.
+    """Groups the runs into batches with the same shapes and, except for OWN, the same arguments.
 
-    In a batch those with a learned f come first and those without any last, each kind by the warm start's
-    length, so that the runs that follow a learned, or a frozen, f are always neighbours.
+    Runs with a learned f come first and those without an f last, each kind by the length of its warm start,
+    longest first: so the runs that follow a learned f are always neighbours, and those with a frozen one too.
+    Runs that batches do not know are left out, and said to be.
     """
     found = defaultdict(list)
-    for one in map(learner, runs):
+    for run in runs:
+        try:
+            one = learner(run)
+        except InputError as error:
+            print(f"{run.name} is left out: {error}")
+            continue
         env = make_env(one.args, training=True)
         alike = {key: value for key, value in asdict(one.args).items() if key not in OWN.split()}
         found[str((env.observation_space.shape, env.action_space.shape, alike))].append(one)
@@ -119,21 +127,21 @@ def demonstrations_of(args) -> DemonstrationBuffer:
     return DemonstrationBuffer(path, args.env_id, env, torch.device("cpu"))
 
 
-def first_weights(args, fit=None) -> dict[str, dict[str, np.ndarray]]:
-    """A run's networks at its start, as its script makes them; `fit` may be a function that fits f."""
+def first_weights(args, fit="") -> dict[str, dict[str, np.ndarray]]:
+    """A run's networks at its start, as its script makes them; `fit` is its --gild-fit, if it fits f."""
     demonstrations = demonstrations_of(args)
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     torch.manual_seed(args.seed)
     nets = {"actor": Actor(*shape), "critic": Critic(*shape), "gild": GILD(*shape)}
-    if fit:
-        fit(nets["gild"], demonstrations)
+    if fit == "differences":
+        fit_imitation(nets["gild"], *shape)
+    if fit == "demonstrations":
+        fit_demonstrations(nets["gild"], demonstrations)
     return {name: {k: p.numpy() for k, p in net.state_dict().items()} for name, net in nets.items()}
 
 
-def fit_of(one: Learner):
-    if one.kind == NO_F or one.args.gild_init == "random":
-        return None
-    return fit_imitation if one.args.gild_fit == "demonstrations" else fit_differences
+def fit_of(one: Learner) -> str:
+    return "" if one.kind == NO_F or one.args.gild_init == "random" else one.args.gild_fit
 
 
 # UPDATES: gradients of one run, as functions of its parameters, which are dicts by name
@@ -154,11 +162,11 @@ class Bound:
 
 
 def gradients(args, obs_dim: int, action_dim: int, device_type: str):
-    """The four functions below."""
+    """Functions for the gradients of the critic, the actor, L_GILD and the meta-loss."""
     with torch.device("meta"):  # only their structure is used
         shape = obs_dim, action_dim
         actor, critic, gild = Actor(*shape), Critic(*shape), GILD(*shape)
-    bf16 = partial(torch.autocast, device_type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
+    autocast = partial(torch.autocast, device_type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
 
     def critic_gradient(theta, target_theta, target_phi, batch):
         """The gradient of Eq. (5), and the mean of Q1."""
@@ -168,7 +176,7 @@ def gradients(args, obs_dim: int, action_dim: int, device_type: str):
             value, q1, _ = critic_loss(Bound(critic, theta), *targets, batch, args)
             return value, q1.mean()
 
-        with bf16():
+        with autocast():
             return grad(loss, has_aux=True)(theta)
 
     def actor_gradient(phi, theta, obs, demo, beta, cap, plain, by_error, lam):
@@ -181,10 +189,9 @@ def gradients(args, obs_dim: int, action_dim: int, device_type: str):
             error = il_loss(Bound(actor, phi)(demo[0]), demo[1])
             return error, error
 
-        with bf16():
-            rl = lambda phi: rl_loss(Bound(actor, phi), Bound(critic, theta), obs)  # noqa: E731
-            rl_grad, q = grad(rl, has_aux=True)(phi)
-            il_grad, error = grad(imitation, has_aux=True)(phi)
+        rl = lambda phi: rl_loss(Bound(actor, phi), Bound(critic, theta), obs)  # noqa: E731
+        rl_grad, q = grad(rl, has_aux=True)(phi)
+        il_grad, error = grad(imitation, has_aux=True)(phi)
         w_pseudo = torch.minimum(rl_weight(q, beta), cap)
         w = torch.where(plain | (lam == 0), torch.ones_like(w_pseudo), w_pseudo)
         pseudo = {k: w_pseudo * rl_grad[k] + lam * il_grad[k] for k in phi}
@@ -219,7 +226,7 @@ def gradients(args, obs_dim: int, action_dim: int, device_type: str):
 
 
 def per_run(numbers, like):
-    """Numbers (runs,) in a shape that multiplies a tensor (runs, ...)."""
+    """Reshapes numbers (runs,) so that they broadcast over a tensor (runs, ...)."""
     return numbers.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -234,7 +241,6 @@ class Batch:
         }
         adam = {"lr": self.args.learning_rate, "fused": True, "capturable": device.type == "cuda"}
         gild_adam = {"lr": self.args.gild_lr, "eps": self.args.gild_eps}
-        gild_adam["weight_decay"] = self.args.gild_weight_decay
         self.optimizers = {
             name: torch.optim.Adam(net.values(), **adam | (gild_adam if name == "gild" else {}))
             for name, net in self.nets.items()
@@ -249,10 +255,8 @@ class Batch:
         self.widths = obs_dim, action_dim, 1, obs_dim, 1
         self.rows = torch.zeros(len(learners), self.args.total_timesteps, sum(self.widths), device=device)
         self.added = torch.zeros((), dtype=torch.int64, device=device)
-        self.new_row, self.obs = (
-            torch.zeros_like(self.rows[:, 0]),
-            torch.zeros_like(self.rows[:, 0, :obs_dim]),
-        )
+        self.new_row = torch.zeros_like(self.rows[:, 0])
+        self.obs = torch.zeros_like(self.rows[:, 0, :obs_dim])
         self.action = torch.zeros_like(self.rows[:, 0, :action_dim])
         self.demo_count = self.tensor([[len(actions)] for _, actions in demos])
         self.demos = [
@@ -274,7 +278,10 @@ class Batch:
             self.actor = Actor(obs_dim, action_dim)
         functions = gradients(self.args, obs_dim, action_dim, device.type)
         functions = [torch.vmap(function, randomness="different") for function in functions]
-        self.gradients = [torch.compile(function) if compile else function for function in functions]
+        if compile:
+            torch._dynamo.config.recompile_limit = 100  # functions of vmap share their code, so all count
+            functions = [torch.compile(function, dynamic=False) for function in functions]
+        self.critic_gradient, self.actor_gradient, self.gild_gradient, self.meta_gradient = functions
 
     def tensor(self, values):
         return torch.as_tensor(values, device=self.device)
@@ -302,11 +309,11 @@ class Batch:
         self.optimizers[name].step()
 
     def learn(self, actor_too: bool, learned: int, frozen: tuple[int, int]):
-        """An iteration. The first `learned` runs follow and improve their f; `frozen`, a range, follow it."""
+        """One iteration. The first `learned` runs follow f and step on omega, the range `frozen` only follows."""
         nets, args = self.nets, self.args
         batch = self.sample()
         targets = nets["target_critic"], nets["target_actor"]
-        critic_grad, q_mean = self.gradients[0](nets["critic"], *targets, batch)
+        critic_grad, q_mean = self.critic_gradient(nets["critic"], *targets, batch)
         self.step("critic", critic_grad)
         self.log["q_mean"].copy_(q_mean)
         if actor_too:
@@ -318,7 +325,7 @@ class Batch:
     def update_actor(self, obs, demo, val_obs, learned: int, frozen: tuple[int, int]):
         phi, omega, theta = self.nets["actor"], self.nets["gild"], self.nets["critic"]
         weights = self.beta, self.cap, self.plain, self.by_error, self.lam
-        phi_grad, w_rl_grad, w, pseudo, error = self.gradients[1](phi, theta, obs, demo, *weights)
+        phi_grad, w_rl_grad, w, pseudo, error = self.actor_gradient(phi, theta, obs, demo, *weights)
         self.log["error"].copy_(error)
 
         def part(runs, *trees):
@@ -332,11 +339,11 @@ class Batch:
         if learned:
             runs = slice(learned)
             inputs = part(runs, phi, omega, theta, w_rl_grad, pseudo, demo, val_obs, w, self.lam)
-            omega_grad, more = self.gradients[3](*inputs)
+            omega_grad, more = self.meta_gradient(*inputs)
             follow_f(runs, *more)
             self.step("gild", self.omega_direction(omega_grad, learned))
         if frozen[0] < frozen[1]:
-            follow_f(slice(*frozen), *self.gradients[2](*part(slice(*frozen), phi, omega, demo)))
+            follow_f(slice(*frozen), *self.gild_gradient(*part(slice(*frozen), phi, omega, demo)))
         self.step("actor", phi_grad)
 
     def omega_direction(self, gradient: dict, learned: int) -> dict:
@@ -358,15 +365,19 @@ class Batch:
         """(runs, |S|) -> (runs, |A|)"""
         return torch.vmap(lambda phi, obs: functional_call(self.actor, phi, obs))(self.nets["actor"], obs)
 
-    def observe(self):
-        """Stores the transitions `new_row` and chooses the next `action`, with noise."""
-        self.rows.index_copy_(1, self.added[None], self.new_row[:, None])
-        self.added += 1
+    def choose(self):
+        """Sets the next `action`, with noise."""
         noise = torch.randn_like(self.action) * self.args.exploration_noise
         self.action.copy_((self.policy(self.obs) + noise).clamp(-1, 1))
 
+    def observe(self):
+        """Stores the transitions `new_row` and chooses the next `action`."""
+        self.rows.index_copy_(1, self.added[None], self.new_row[:, None])
+        self.added += 1
+        self.choose()
+
     def clone_step(self):
-        gradient, *_ = self.gradients[2](self.nets["actor"], self.nets["gild"], self.sample_demo())
+        gradient, *_ = self.gild_gradient(self.nets["actor"], self.nets["gild"], self.sample_demo())
         self.step("actor", gradient)
 
     def captured(self, function):
@@ -377,7 +388,7 @@ class Batch:
         changed += [p for net in self.nets.values() for p in net.values()]
         states = [moments for optimizer in self.optimizers.values() for moments in optimizer.state.values()]
         changed += [moment for moments in states for moment in moments.values()]
-        saved = [tensor.clone() for tensor in changed]  # a row that was stored will be stored again
+        saved = [tensor.clone() for tensor in changed]  # not the rows: the next `observe` overwrites these
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -413,11 +424,12 @@ def end_with_parent():
 
 
 def wait_for(counts: np.ndarray, value: int, processes=()):
-    """Waits, busily, until all of a shared array has this value."""
+    """Waits until every element of a shared array equals `value`, busily at first: most waits are short."""
     since = time.monotonic()
     while (counts != value).any():
-        os.sched_yield()
-        if time.monotonic() > since + 10 and not all(process.is_alive() for process in processes):
+        waited = time.monotonic() - since
+        time.sleep(0.001 if waited > 0.1 else 0)
+        if waited > 10 and not all(process.is_alive() for process in processes):
             raise RuntimeError("a process with environments has ended")
 
 
@@ -490,7 +502,7 @@ def rollouts(actor, args) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate_policies(learners: list[Learner], demos: list[tuple], policies, rows):
-    """A process that turns policies into rows of a result. Both are queues, by run."""
+    """A process: takes (slot, policy, row) from one queue, evaluates, and puts (slot, row) into the other."""
     end_with_parent()
     for slot, parameters, row in iter(policies.get, None):
         args, (demo_obs, demo_actions) = learners[slot].args, demos[slot]
@@ -517,7 +529,7 @@ def kind_of_iteration(learners: list[Learner], lam: np.ndarray, iteration: int) 
 def train(learners: list[Learner], processes: int, args: Args):
     """Trains a batch and writes its results. A generator, so that batches take turns on the GPU.
 
-    Its first part forks; after that it can use the GPU.
+    The part before the first yield forks, so main runs it for all batches before any of them uses the GPU.
     """
     began, common = time.time(), learners[0].args
     tasks = ", ".join(sorted({one.args.env_id for one in learners}))
@@ -528,6 +540,7 @@ def train(learners: list[Learner], processes: int, args: Args):
     with FORK.Pool(processes) as pool:
         weights = dict(zip(jobs, pool.starmap(first_weights, jobs.values(), 1), strict=True))
     policies, rows, tables = FORK.Queue(), FORK.Queue(), [[] for _ in learners]
+    policies.cancel_join_thread()  # after a failure do not wait until all have been taken
     evaluate = {"target": evaluate_policies, "args": (learners, demos, policies, rows), "daemon": True}
     evaluators = [FORK.Process(**evaluate) for _ in range(max(1, round(0.4 * processes)))]
     for process in evaluators:
@@ -537,13 +550,12 @@ def train(learners: list[Learner], processes: int, args: Args):
     yield
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(common.seed)
     rng = np.random.default_rng(common.seed)
     batch = Batch(learners, [weights[key] for key in keys], demos, device, args.compile)
     observe, graphs = batch.captured(batch.observe), {}
     releases, seen = [Release(one.args) for one in learners], np.zeros(len(learners))
     follows_f = np.array([one.kind != NO_F for one in learners])
-    imitates = follows_f | [one.is_il for one in learners]
+    imitates = follows_f | [one.args.gild_form == "error" for one in learners]
     lam, lowest = np.zeros(len(learners), np.float32), np.full(len(learners), NAN)
 
     def save_policies(global_step):
@@ -575,7 +587,7 @@ def train(learners: list[Learner], processes: int, args: Args):
         for _ in range(common.clone_steps):
             clone_step()
         batch.reset_targets()
-        batch.action.copy_(batch.policy(batch.obs))
+        batch.choose()
         evaluations.add(0)
         save_policies(0)
     for global_step in range(1, common.total_timesteps + 1):
@@ -609,8 +621,10 @@ def train(learners: list[Learner], processes: int, args: Args):
             save_policies(global_step)
             collect_rows()
     while any(len(table) < len(evaluations) for table in tables):
-        time.sleep(0.1)
         collect_rows()
+        yield
+    for process in (*envs.processes, *evaluators):
+        process.terminate()
 
     versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
@@ -647,10 +661,15 @@ def main(args: Args):
     runs = runs_of(study)
     check_results(runs, args.results)
     found = batches([run for run in runs if not result_of(run, args.results).exists()])
-    left = sum(map(len, found))
-    print(f"{study.name}: {left} runs in {len(found)} batches; {len(runs) - left} have a result", flush=True)
+    sizes = [len(batch) for batch in found]
+    left = sum(sizes)
+    batched = f", in batches of {', '.join(map(str, sizes))}" if sizes else ""
+    print(f"{study.name}: {left} of {len(runs)} runs to train{batched}", flush=True)
     shares = [max(2, round(args.processes * len(batch) / left)) for batch in found]
     trainings = [train(*pair, args) for pair in zip(found, shares, strict=True)]
+    for training in trainings:
+        next(training)
+    torch.manual_seed(0)
     while trainings:
         trainings = [training for training in trainings if next(training, "ended") != "ended"]
     print(f"tables and figures: python -m benchmark.report {study.name}")
