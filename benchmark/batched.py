@@ -309,7 +309,7 @@ class Batch:
         self.optimizers[name].step()
 
     def learn(self, actor_too: bool, learned: int, frozen: tuple[int, int]):
-        """One iteration. The first `learned` runs follow f and step on omega, the range `frozen` only follows."""
+        """One iteration. The first `learned` runs follow and train f, the range `frozen` only follows it."""
         nets, args = self.nets, self.args
         batch = self.sample()
         targets = nets["target_critic"], nets["target_actor"]
