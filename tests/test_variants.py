@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gild_td3
+from benchmark import fit
 from benchmark import gild_td3_variants as variants
 from tests.conftest import ROOT, call, same, short_run
 from tests.soak import assert_same_run
@@ -120,30 +121,41 @@ def test_the_error_form_is_conventional_imitation():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_first_fit_had_no_slope_close_to_a_demonstration():
-    """Why gild_td3.py fits f in another way, and that this is the way of the first studies."""
-    torch.manual_seed(0)
+@pytest.fixture
+def demonstrations():
     env = gild_td3.make_env(gild_td3.Args(env_id="Point2D-v0"), training=True)
     path = ROOT / "demos" / "Point2D-td3.npz"
-    demonstrations = gild_td3.DemonstrationBuffer(path, "Point2D-v0", env, torch.device("cpu"))
-    demo_obs, demo_action = demonstrations.obs, demonstrations.actions
+    return gild_td3.DemonstrationBuffer(path, "Point2D-v0", env, torch.device("cpu"))
+
+
+def test_the_first_fit_had_no_slope_close_to_a_demonstration(demonstrations):
+    """Why gild_td3.py fits f in another way, and that this is the way of the first studies."""
+    torch.manual_seed(0)
     gild = gild_td3.GILD(2, 2)
     assert 0 < variants.fit_demonstrations(gild, demonstrations, iterations=600) < 1e-3
-    cosines = []
-    for distance in (0.5, 0.03):
-        action = (demo_action + distance * torch.randn_like(demo_action)).requires_grad_()
-        (slope,) = torch.autograd.grad(gild(demo_obs, demo_action, action).sum(), action)
-        cosines.append(torch.cosine_similarity(slope, action - demo_action).mean())
-    assert cosines[0] > 0.9 and cosines[1] < 0.8
+    far, near = (fit.slope_cosine(gild, demonstrations, distance) for distance in (0.5, 0.03))
+    assert far > 0.9 and near < 0.8
 
 
-@pytest.mark.parametrize("fit", ["differences", "demonstrations"])
-def test_the_flag_chooses_the_fit(fit, monkeypatch):
+def test_the_measures_of_a_fit(demonstrations):
+    error = variants.Error()
+    away = lambda *pair: -error(*pair)  # noqa: E731
+    assert fit.slope_cosine(error, demonstrations, 0.1) == pytest.approx(1, abs=0.01)
+    assert fit.slope_cosine(away, demonstrations, 0.1) == pytest.approx(-1, abs=0.01)
+    distances = []
+    for updates in (0, 100):
+        torch.manual_seed(0)
+        distances.append(fit.clone_distance(error, demonstrations, args_of(batch_size=64), updates))
+    assert distances[1] < 0.2 * distances[0]
+
+
+@pytest.mark.parametrize("choice", ["differences", "demonstrations"])
+def test_the_flag_chooses_the_fit(choice, monkeypatch):
     called = []
     monkeypatch.setattr(variants, "fit_imitation", lambda *_: called.append("differences") or 0.0)
     monkeypatch.setattr(variants, "fit_demonstrations", lambda *_: called.append("demonstrations") or 0.0)
-    short_run(variants, ws_frac=0.1, gild_init="imitation", gild_fit=fit)
-    assert called == [fit]
+    short_run(variants, ws_frac=0.1, gild_init="imitation", gild_fit=choice)
+    assert called == [choice]
 
 
 def test_the_weighted_error_has_weights_of_mean_one():
