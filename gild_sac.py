@@ -285,25 +285,23 @@ def update_target(target, online, tau):
         old.lerp_(new, tau)
 
 
-def fit_imitation(gild, obs_dim, action_dim, iterations=2_000, batch_size=256):
-    """Fits f(s_d, a_d, a) to mean_j (a_j - a_d,j)^2 by regression. Returns the error of the last batch.
+def fit_imitation(gild, demonstrations, iterations=2_000, batch_size=256):
+    """Fits f(s_d, a_d, a) to mean_j (a_j - a_d,j)^2, by regression. Returns the error of the last batch.
 
-    A random f would not imitate, nor learn to before the critic knows a reward: until then there is no
-    meta-gradient. Imitation needs f's slope close to a_d as well as far from it, so a - a_d has every size up
-    to 2. f sees the difference alone: s_d's weights are 0, a_d's are those of a with the sign changed, and
-    these inputs keep them so.
+    Half of the actions are uniform over the box, half near a_d, where imitation needs the slope. A random f
+    would not imitate, nor learn to before the critic knows a reward: until then there is no meta-gradient.
+    The weights of s_d stay at 0 here: the error does not depend on s_d, and large observations spoil the fit.
     """
-    device, weights = next(gild.parameters()).device, gild.net[0].weight.data
-    weights[:, :obs_dim] = 0
-    weights[:, obs_dim:-action_dim] = -weights[:, -action_dim:]
+    gild.net[0].weight.data[:, : demonstrations.obs.shape[1]] = 0
     optimizer = torch.optim.Adam(gild.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    obs = torch.zeros(batch_size, obs_dim, device=device)
     for _ in range(iterations):
-        size = 0.01 ** torch.rand(batch_size, 1, device=device)  # 0.01 to 1
-        action = size * (2 * torch.rand(batch_size, action_dim, device=device) - 1)
-        error = (2 * action).pow(2).mean(1, keepdim=True)
-        loss = F.mse_loss(gild(obs, -action, action), error)
+        demo_obs, demo_action = demonstrations.sample(batch_size)
+        anywhere = 2 * torch.rand_like(demo_action) - 1
+        close = (demo_action + 0.2 * torch.randn_like(demo_action)).clamp(-1, 1)
+        action = torch.where(torch.rand_like(demo_action[:, :1]) < 0.5, anywhere, close)
+        error = (action - demo_action).pow(2).mean(1, keepdim=True)
+        loss = F.mse_loss(gild(0 * demo_obs, demo_action, action), error)  # 0: no gradient for those weights
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -359,7 +357,7 @@ def train(args: Args) -> Path:
 
     run_dir, writer, last_step, evaluations = start_run(args, parts, generators)
     if gild_iterations > 0 and args.gild_init == "imitation" and last_step == 0:
-        writer.add_scalar("losses/gild_fit", fit_imitation(gild, obs_dim, action_dim), 0)
+        writer.add_scalar("losses/gild_fit", fit_imitation(gild, demonstrations), 0)
 
     update_critic, update_actor, update_gild = critic_gradient, actor_gradient, gild_gradients
     if args.compile:

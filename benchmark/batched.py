@@ -34,11 +34,11 @@ import tyro
 from torch.func import functional_call, grad, vjp
 
 from baselines.common import SPARSE_THRESHOLDS, DemonstrationBuffer, make_env, task_name
+from benchmark.gild_td3_variants import FITS, Release
 from benchmark.gild_td3_variants import Args as Variant
-from benchmark.gild_td3_variants import Release, fit_demonstrations
 from benchmark.sweep import COLUMNS, RESULTS, ROOT, Run, check_results, load_study, result, runs_of, write
 from evaluate import InputError, command_line
-from gild_td3 import GILD, Actor, Critic, act, critic_loss, fit_imitation, il_loss, rl_loss, rl_weight
+from gild_td3 import GILD, Actor, Critic, act, critic_loss, il_loss, rl_loss, rl_weight
 
 SCRIPTS = "baselines.td3", "baselines.td3_il", "gild_td3", "benchmark.gild_td3_variants"
 # arguments in which the runs of a batch may differ
@@ -133,10 +133,8 @@ def first_weights(args, fit="") -> dict[str, dict[str, np.ndarray]]:
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     torch.manual_seed(args.seed)
     nets = {"actor": Actor(*shape), "critic": Critic(*shape), "gild": GILD(*shape)}
-    if fit == "differences":
-        fit_imitation(nets["gild"], *shape)
-    if fit == "demonstrations":
-        fit_demonstrations(nets["gild"], demonstrations)
+    if fit:
+        FITS[fit](nets["gild"], demonstrations)
     return {name: {k: p.numpy() for k, p in net.state_dict().items()} for name, net in nets.items()}
 
 

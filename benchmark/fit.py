@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from benchmark.gild_td3_variants import Args, Error, clone_gradient, fit_demonstrations
-from gild_td3 import GILD, Actor, DemonstrationBuffer, fit_imitation, gradient, make_env, step
+from benchmark.gild_td3_variants import FITS, Args, Error, clone_gradient
+from gild_td3 import GILD, Actor, DemonstrationBuffer, gradient, make_env, step
 
 TASKS = "Point2D-v0", "Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4"
 DISTANCES = 0.02, 0.05, 0.1, 0.2, 0.5  # standard deviation of each action's noise
@@ -24,18 +24,6 @@ DISTANCES = 0.02, 0.05, 0.1, 0.2, 0.5  # standard deviation of each action's noi
 class Options:
     updates: int = 10_000  # of the actor
     seed: int = 1
-
-
-def objective(fit: str, demonstrations: DemonstrationBuffer) -> torch.nn.Module:
-    obs_dim, action_dim = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
-    if fit == "the error itself":
-        return Error()
-    gild = GILD(obs_dim, action_dim)
-    if fit == "demonstrations":
-        fit_demonstrations(gild, demonstrations)
-    else:
-        fit_imitation(gild, obs_dim, action_dim)
-    return gild
 
 
 def slope_cosine(gild, demonstrations: DemonstrationBuffer, distance: float) -> float:
@@ -63,9 +51,13 @@ def main(options: Options):
         args = Args(env_id=task)
         env, path = make_env(args, training=True), Path("demos", f"{task.split('-')[0]}-td3.npz")
         demonstrations = DemonstrationBuffer(path, task, env, torch.device("cpu"))
-        for fit in ("demonstrations", "differences", "the error itself"):
+        for fit in (*FITS, "the error itself"):
             torch.manual_seed(options.seed)
-            gild = objective(fit, demonstrations)
+            gild = GILD(demonstrations.obs.shape[1], demonstrations.actions.shape[1])
+            if fit in FITS:
+                FITS[fit](gild, demonstrations)
+            else:
+                gild = Error()
             cells = [f"{slope_cosine(gild, demonstrations, distance):.2f}" for distance in DISTANCES]
             cells.append(f"{clone_distance(gild, demonstrations, args, options.updates):.4f}")
             print(f"| {' | '.join([task, fit, *cells])} |", flush=True)

@@ -13,8 +13,8 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
                           a random one of the same length (random), none (frozen)
     --gild-form F         f as a network, as a learned weight times the imitation error (weight), or as the
                           imitation error itself (error), which makes the run RL+IL
-    --gild-fit F          f's first fit to the imitation error: as in gild_td3.py (differences), or as it was
-                          before, at the demonstrations and less close
+    --gild-fit F          where f is fitted to the imitation error at first: at the demonstrations, as in
+                          gild_td3.py, or at differences a - a_d of every size (differences)
     --meta-critic q2      Q1 and Q2 learn from disjoint halves of D; Q1 trains the actor, Q2 judges in Eq. (8)
 
     python -m benchmark.gild_td3_variants --rl-weight capped --clone-steps 20000 --release returns
@@ -73,7 +73,7 @@ class Args(gild_td3.Args):
     release: Literal["drop", "linear", "returns", "never"] = "drop"  # how the weight of L_GILD ends
     omega: Literal["learned", "frozen", "flipped", "random"] = "learned"  # direction of omega's step
     gild_form: Literal["network", "weight", "error"] = "network"  # what f is
-    gild_fit: Literal["differences", "demonstrations"] = "differences"  # where f's first fit is made
+    gild_fit: Literal["demonstrations", "differences"] = "demonstrations"  # where f's first fit is made
     meta_critic: Literal["q1", "q2"] = "q1"  # the critic in Eq. (8)
 
     def __post_init__(self):
@@ -105,27 +105,32 @@ class Error(torch.nn.Module):
         return (action - demo_action).pow(2).mean(1, keepdim=True)
 
 
-def fit_demonstrations(gild, demonstrations, iterations=2_000, batch_size=256):
-    """How gild_td3.fit_imitation fitted f at first: at the demonstrations.
+def fit_differences(gild, demonstrations, iterations=2_000, batch_size=256):
+    """Fits f for differences a - a_d of every size up to 2, so that it has a slope close to a_d too.
 
-    Half of the actions are uniform over the box, half near a_d. f keeps a floor of about 0.017: errors below
-    it do not count. Returns the error of the last batch.
+    f sees the difference alone: s_d's weights are 0, a_d's are those of a with the sign changed, and these
+    inputs keep them so. Returns the error of the last batch.
     """
-    gild.net[0].weight.data[:, : demonstrations.obs.shape[1]] = 0
+    obs_dim, action_dim = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
+    weights, device = gild.net[0].weight.data, demonstrations.obs.device
+    weights[:, :obs_dim] = 0
+    weights[:, obs_dim:-action_dim] = -weights[:, -action_dim:]
     optimizer = torch.optim.Adam(gild.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    obs = torch.zeros(batch_size, obs_dim, device=device)
     for _ in range(iterations):
-        demo_obs, demo_action = demonstrations.sample(batch_size)
-        anywhere = 2 * torch.rand_like(demo_action) - 1
-        close = (demo_action + 0.2 * torch.randn_like(demo_action)).clamp(-1, 1)
-        action = torch.where(torch.rand_like(demo_action[:, :1]) < 0.5, anywhere, close)
-        error = (action - demo_action).pow(2).mean(1, keepdim=True)
-        loss = F.mse_loss(gild(0 * demo_obs, demo_action, action), error)  # 0: no gradient for those weights
+        size = 0.01 ** torch.rand(batch_size, 1, device=device)  # 0.01 to 1
+        action = size * (2 * torch.rand(batch_size, action_dim, device=device) - 1)
+        error = (2 * action).pow(2).mean(1, keepdim=True)
+        loss = F.mse_loss(gild(obs, -action, action), error)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return loss.item()
+
+
+FITS = {"demonstrations": fit_imitation, "differences": fit_differences}
 
 
 class Release:
@@ -308,11 +313,7 @@ def train(args: Args) -> Path:
 
     run_dir, writer, last_step, evaluations = start_run(args, parts, generators)
     if args.gild_form == "network" and args.gild_init == "imitation" and last_step == 0:
-        if args.gild_fit == "demonstrations":
-            fit_error = fit_demonstrations(gild, demonstrations)
-        else:
-            fit_error = fit_imitation(gild, obs_dim, action_dim)
-        writer.add_scalar("losses/gild_fit", fit_error, 0)
+        writer.add_scalar("losses/gild_fit", FITS[args.gild_fit](gild, demonstrations), 0)
 
     update_critic, update_actor, update_gild = critic_gradient, actor_gradient, gild_gradients
     update_clone = clone_gradient

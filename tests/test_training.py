@@ -93,21 +93,22 @@ def test_the_released_settings_collapse_and_the_defaults_do_not(settings, monkey
         assert min(slope) > 1e-2
 
 
-@pytest.mark.parametrize(("obs_dim", "action_dim"), [(2, 2), (17, 6)])
-def test_the_fitted_objective_is_the_imitation_error(obs_dim, action_dim):
+@pytest.mark.parametrize("task", ["Point2D-v0", "HalfCheetah-v5"])
+def test_the_fitted_objective_is_the_imitation_error(task):
     """Once for all algorithms: GILD and fit_imitation are the same in each script."""
+    env = gild_td3.make_env(gild_td3.Args(env_id=task), training=True)
+    path = ROOT / "demos" / f"{gild_td3.task_name(task)}-td3.npz"
+    demonstrations = gild_td3.DemonstrationBuffer(path, task, env, torch.device("cpu"))
     torch.manual_seed(0)
-    gild = gild_td3.GILD(obs_dim, action_dim)
-    assert 0 < gild_td3.fit_imitation(gild, obs_dim, action_dim, iterations=1_500) < 1e-3
-    demo_obs, demo_action = 10 * torch.randn(1_000, obs_dim), 2 * torch.rand(1_000, action_dim) - 1
-    for distance in (0.5, 0.1, 0.03):
-        action = (demo_action + distance * torch.randn_like(demo_action)).clamp(-1, 1).requires_grad_()
-        f, error = gild(demo_obs, demo_action, action), (action - demo_action).pow(2).mean(1, keepdim=True)
-        slope, expected = (torch.autograd.grad(value.sum(), action)[0] for value in (f, error))
-        assert torch.cosine_similarity(slope, expected).mean() > 0.85, distance
-        assert slope.norm(dim=1).mean() / expected.norm(dim=1).mean() == pytest.approx(1, abs=0.4), distance
-        moved = gild(0 * demo_obs, 0 * demo_action, action - demo_action)  # it knows the difference only
-        torch.testing.assert_close(f, moved, rtol=1e-4, atol=1e-6)
+    gild = gild_td3.GILD(demonstrations.obs.shape[1], demonstrations.actions.shape[1])
+    assert gild_td3.fit_imitation(gild, demonstrations, iterations=500) < 5e-3
+    demo_obs, demo_action = demonstrations.sample(1_000)
+    action = (torch.rand_like(demo_action) * 2 - 1).requires_grad_()
+    error = (action - demo_action).pow(2).mean(1, keepdim=True)
+    slope, expected = (
+        torch.autograd.grad(f.sum(), action)[0] for f in (gild(demo_obs, demo_action, action), error)
+    )
+    assert torch.cosine_similarity(slope, expected).mean() > 0.95
 
 
 def test_the_logs_of_a_run(gild_script):

@@ -128,13 +128,17 @@ def demonstrations():
     return gild_td3.DemonstrationBuffer(path, "Point2D-v0", env, torch.device("cpu"))
 
 
-def test_the_first_fit_had_no_slope_close_to_a_demonstration(demonstrations):
-    """Why gild_td3.py fits f in another way, and that this is the way of the first studies."""
+@pytest.mark.parametrize("choice", variants.FITS)
+def test_a_fit_to_differences_has_a_slope_close_to_a_demonstration(choice, demonstrations):
     torch.manual_seed(0)
     gild = gild_td3.GILD(2, 2)
-    assert 0 < variants.fit_demonstrations(gild, demonstrations, iterations=600) < 1e-3
+    assert 0 < variants.FITS[choice](gild, demonstrations, iterations=600) < 1e-3
     far, near = (fit.slope_cosine(gild, demonstrations, distance) for distance in (0.5, 0.03))
-    assert far > 0.9 and near < 0.8
+    assert far > 0.9 and (near > 0.9) == (choice == "differences"), near
+    if choice == "differences":
+        demo_obs, demo_action = demonstrations.obs, demonstrations.actions
+        values = gild(demo_obs, demo_action, 0.5 * demo_action)  # f knows the difference alone
+        torch.testing.assert_close(values, gild(0 * demo_obs, 0 * demo_action, -0.5 * demo_action))
 
 
 def test_the_measures_of_a_fit(demonstrations):
@@ -149,11 +153,10 @@ def test_the_measures_of_a_fit(demonstrations):
     assert distances[1] < 0.2 * distances[0]
 
 
-@pytest.mark.parametrize("choice", ["differences", "demonstrations"])
+@pytest.mark.parametrize("choice", variants.FITS)
 def test_the_flag_chooses_the_fit(choice, monkeypatch):
     called = []
-    monkeypatch.setattr(variants, "fit_imitation", lambda *_: called.append("differences") or 0.0)
-    monkeypatch.setattr(variants, "fit_demonstrations", lambda *_: called.append("demonstrations") or 0.0)
+    monkeypatch.setitem(variants.FITS, choice, lambda *_: called.append(choice) or 0.0)
     short_run(variants, ws_frac=0.1, gild_init="imitation", gild_fit=choice)
     assert called == [choice]
 
