@@ -5,6 +5,8 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
 
     --rl-weight capped    one weight of RL everywhere: w L_RL + lambda L_IL in Eq. (6), w L_RL + lambda L_GILD
                           in Eq. (7), tanh(w (Q(phi') - Q(phi_hat))) in Eq. (8)
+    --rl-weight ramped    the same, but w grows linearly over the first 40,000 iterations, the time constant of
+                          Q's level
     --clone-steps N       the actor starts as a clone, after N updates on L_GILD alone, and collects the
                           first transitions itself, instead of random actions
     --release R           how lambda ends: at once after the warm start (drop), linearly to 0 over the run
@@ -68,7 +70,7 @@ from gild_td3 import (
 @dataclass
 class Args(gild_td3.Args):
     exp_name: str = Path(__file__).stem  # name of this experiment
-    rl_weight: Literal["one", "capped"] = "one"  # weight of L_RL in Eq. (7): 1, or min(1, beta / mean |Q|)
+    rl_weight: Literal["one", "capped", "ramped"] = "one"  # weight of L_RL in Eq. (7): 1, or w
     clone_steps: int = 0  # updates on L_GILD alone before the first step
     release: Literal["drop", "linear", "returns", "never"] = "drop"  # how the weight of L_GILD ends
     omega: Literal["learned", "frozen", "flipped", "random"] = "learned"  # direction of omega's step
@@ -211,14 +213,20 @@ def clone_gradient(actor, gild, demo):
     return gradient(gild(demo_obs, demo_action, actor(demo_obs)).mean(), dict(actor.named_parameters()))
 
 
-def gild_gradients(actor, critic, gild, obs, demo, val_obs, lam, args):
-    """gild_td3.gild_gradients with w and lambda, `lam`. For a frozen f the second dict is empty."""
+def ramp(iteration: int, args) -> float:
+    """The factor of w: grows to 1 in the time constant with which Q, through its targets, finds its level."""
+    share = iteration * args.tau * (1 - args.gamma) / args.policy_frequency
+    return min(1.0, share) if args.rl_weight == "ramped" else 1.0
+
+
+def gild_gradients(actor, critic, gild, obs, demo, val_obs, lam, args, grown=1.0):
+    """gild_td3.gild_gradients with w and lambda, `lam`; `grown` is w's factor. A frozen f's dict is empty."""
     phi, omega, lr = dict(actor.named_parameters()), dict(gild.named_parameters()), args.learning_rate
     demo_obs, demo_action = demo
     actor_loss, q = rl_loss(actor, critic, obs)
     rl_grad = gradient(actor_loss, phi)
     action = actor(demo_obs)
-    w_rl = w_pseudo = rl_weight(q, args.il_beta).clamp(max=1)
+    w_rl = w_pseudo = grown * rl_weight(q, args.il_beta).clamp(max=1)
     if args.rl_weight == "one":
         w_rl, w_pseudo = torch.ones_like(w_rl), rl_weight(q, args.il_beta)
     imitation_loss = il_loss(action, demo_action)
@@ -366,8 +374,9 @@ def train(args: Args) -> Path:
                     demo = demonstrations.sample(args.batch_size)
                     val_obs = buffer.sample(args.batch_size)[0]
                     lam = torch.tensor(release.value, device=device)
+                    grown = torch.tensor(ramp(iteration, args), device=device)
                     phi_grad, omega_grad, actor_log = update_gild(
-                        actor, critic, gild, batch[0], demo, val_obs, lam, args
+                        actor, critic, gild, batch[0], demo, val_obs, lam, args, grown
                     )
                     if learned:
                         omega_grad = omega_direction(omega_grad, args)

@@ -60,15 +60,15 @@ def finite_difference(gild, meta_loss, epsilon=1e-8):
     return direction, (values[0] - values[1]) / (2 * epsilon)
 
 
-@pytest.mark.parametrize("judge", ["q1", "q2"])
-@pytest.mark.parametrize("lam", [1.0, 0.3])
-def test_the_gradients_with_one_capped_weight(judge, lam):
+@pytest.mark.parametrize(("judge", "lam", "grown"), [("q1", 1.0, 1.0), ("q2", 0.3, 1.0), ("q1", 0.3, 0.6)])
+def test_the_gradients_with_one_capped_weight(judge, lam, grown):
     """Against the equations of --rl-weight capped, written out with plain autograd on copied actors."""
     (actor, critic, gild), obs, demo, val_obs = learners()
     args = args_of(rl_weight="capped", il_beta=0.02, meta_critic=judge, learning_rate=0.1)
     lam = torch.tensor(lam)
     w = min(1.0, 0.02 / critic.q1(obs, actor(obs)).abs().mean().item())
     assert w < 1
+    w *= grown
 
     def moved(loss):
         grads = torch.autograd.grad(loss, list(actor.parameters()))
@@ -89,7 +89,8 @@ def test_the_gradients_with_one_capped_weight(judge, lam):
         q, pseudo_q = (critic(val_obs, policy(val_obs))[judge == "q2"] for policy in (ahead, pseudo))
         return -torch.tanh(w * (q - pseudo_q)).mean().item()
 
-    phi_grad, omega_grad, log = variants.gild_gradients(actor, critic, gild, obs, demo, val_obs, lam, args)
+    inputs = actor, critic, gild, obs, demo, val_obs, lam, args, grown
+    phi_grad, omega_grad, log = variants.gild_gradients(*inputs)
     expected = losses(gild)[2]
     for ours, theirs in zip(phi_grad.values(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -97,6 +98,18 @@ def test_the_gradients_with_one_capped_weight(judge, lam):
     direction, slope = finite_difference(gild, meta_loss)
     inner = sum((omega_grad[name] * direction[name]).sum().item() for name in direction)
     assert math.isclose(inner, slope, rel_tol=1e-4) and slope != 0
+
+
+def test_a_ramped_weight_grows_while_q_finds_its_level():
+    """With Q always at its target, that of a reward of 1 at each step is at 1 - 1/e of its level by then."""
+    args = args_of(rl_weight="ramped")
+    assert [variants.ramp(i, args) for i in (0, 10_000, 40_000, 90_000)] == pytest.approx([0, 0.25, 1, 1])
+    assert variants.ramp(1, args_of(rl_weight="capped")) == 1
+    target_q = 0.0
+    for iteration in range(40_000):
+        if iteration % args.policy_frequency == 0:
+            target_q += args.tau * (1 + args.gamma * target_q - target_q)
+    assert target_q * (1 - args.gamma) == pytest.approx(1 - math.exp(-1), abs=1e-3)
 
 
 def test_a_frozen_f_gives_the_actor_the_same_gradient_and_omega_none():
