@@ -5,7 +5,7 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
 
     --rl-weight capped    one weight of RL everywhere: w L_RL + lambda L_IL in Eq. (6), w L_RL + lambda L_GILD
                           in Eq. (7), tanh(w (Q(phi') - Q(phi_hat))) in Eq. (8)
-    --rl-weight ramped    the same, but w grows linearly over the first 40,000 iterations, the time constant of
+    --rl-weight ramped    the same, but w grows to that over the first 40,000 iterations, the time constant of
                           Q's level
     --clone-steps N       the actor starts as a clone, after N updates on L_GILD alone, and collects the
                           first transitions itself, instead of random actions
