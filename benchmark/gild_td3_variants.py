@@ -9,6 +9,7 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
                           Q's level
     --clone-steps N       the actor starts as a clone, after N updates on L_GILD alone, and collects the
                           first transitions itself, instead of random actions
+    --clone-labels        half of the pairs that the actor imitates are states of D with the clone's action
     --release R           how lambda ends: at once after the warm start (drop), linearly to 0 over the run
                           (linear), by the training returns (returns), or never
     --omega O             the direction of omega's step: the meta-gradient (learned), its negative (flipped),
@@ -40,6 +41,7 @@ from tqdm import tqdm
 import gild_td3
 from baselines.common import (
     DemonstrationBuffer,
+    InputError,
     ReplayBuffer,
     evaluate,
     main,
@@ -72,6 +74,7 @@ class Args(gild_td3.Args):
     exp_name: str = Path(__file__).stem  # name of this experiment
     rl_weight: Literal["one", "capped", "ramped"] = "one"  # weight of L_RL in Eq. (7): 1, or w
     clone_steps: int = 0  # updates on L_GILD alone before the first step
+    clone_labels: bool = False  # imitate the clone in states of D as well
     release: Literal["drop", "linear", "returns", "never"] = "drop"  # how the weight of L_GILD ends
     omega: Literal["learned", "frozen", "flipped", "random"] = "learned"  # direction of omega's step
     gild_form: Literal["network", "weight", "error"] = "network"  # what f is
@@ -82,6 +85,8 @@ class Args(gild_td3.Args):
         clones, self.clone_steps = self.clone_steps, max(self.clone_steps, 1)  # 0 is allowed
         super().__post_init__()
         self.clone_steps = clones
+        if self.clone_labels and not clones:
+            raise InputError("--clone-labels needs a clone: --clone-steps 20000")
 
 
 class WeightedError(torch.nn.Module):
@@ -219,6 +224,14 @@ def ramp(iteration: int, args) -> float:
     return min(1.0, share) if args.rl_weight == "ramped" else 1.0
 
 
+@torch.no_grad()
+def with_labels(demo, obs, clone):
+    """The first half of the pairs `demo`, and the second half of the states `obs` with the clone's action."""
+    demo_obs, demo_action = (half[: len(obs) // 2] for half in demo)
+    obs = obs[len(obs) // 2 :]
+    return torch.cat([demo_obs, obs]), torch.cat([demo_action, clone(obs)])
+
+
 def gild_gradients(actor, critic, gild, obs, demo, val_obs, lam, args, grown=1.0):
     """gild_td3.gild_gradients with w and lambda, `lam`; `grown` is w's factor. A frozen f's dict is empty."""
     phi, omega, lr = dict(actor.named_parameters()), dict(gild.named_parameters()), args.learning_rate
@@ -305,12 +318,13 @@ def train(args: Args) -> Path:
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
     critic = Critic(obs_dim, action_dim).to(device)
-    target_actor, target_critic = deepcopy(actor), deepcopy(critic)
+    target_actor, target_critic, clone = deepcopy(actor), deepcopy(critic), deepcopy(actor)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     parts = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
     parts |= {"critic": critic, "target_critic": target_critic, "critic_optimizer": critic_optimizer}
-    parts |= {"buffer": buffer, "release": (release := Release(args)), "scale": (scale := GradientScale())}
+    parts |= {"clone": clone, "buffer": buffer}
+    parts |= {"release": (release := Release(args)), "scale": (scale := GradientScale())}
     forms = {"network": lambda: GILD(obs_dim, action_dim), "weight": lambda: WeightedError(demonstrations)}
     gild = forms.get(args.gild_form, Error)().to(device)
     learned = args.omega != "frozen" and args.gild_form != "error"
@@ -340,6 +354,7 @@ def train(args: Args) -> Path:
         for _ in tqdm(range(args.clone_steps), unit=" clone updates", disable=None):
             step(actor_optimizer, actor, update_clone(actor, gild, demonstrations.sample(args.batch_size)))
         target_actor.load_state_dict(actor.state_dict())
+        clone.load_state_dict(actor.state_dict())
         evaluations[1:] = []  # of a run killed before its first checkpoint
         save_policy(0)
 
@@ -372,6 +387,8 @@ def train(args: Args) -> Path:
             if iteration % args.policy_frequency == 0:
                 if release.value > 0:
                     demo = demonstrations.sample(args.batch_size)
+                    if args.clone_labels:
+                        demo = with_labels(demo, batch[0], clone)
                     val_obs = buffer.sample(args.batch_size)[0]
                     lam = torch.tensor(release.value, device=device)
                     grown = torch.tensor(ramp(iteration, args), device=device)

@@ -14,7 +14,8 @@ from tests.soak import assert_same_run
 
 FLAGS = """--env-id Point2D-v0 --total-timesteps 400 --learning-starts 200 --batch-size 32 --no-cuda
 --eval-frequency 100 --eval-episodes 1 --checkpoint-frequency 150 --buffer-size 330 --gild-init random"""
-ALL = "--rl-weight capped --clone-steps 20 --release returns --gild-form weight --meta-critic q2"
+ALL = """--rl-weight ramped --clone-steps 20 --clone-labels --release returns --gild-form weight
+--meta-critic q2"""
 
 
 def learners(seed=0, obs_dim=3, action_dim=2, pairs=16):
@@ -184,6 +185,19 @@ def test_the_weighted_error_has_weights_of_mean_one():
     f = variants.WeightedError(Demonstrations)
     values = f(Demonstrations.obs, demo_action, demo_action + 0.5)
     assert math.isclose(values.mean().item(), 0.25) and values.std() > 1e-3
+
+
+def test_half_of_the_pairs_have_the_clones_labels():
+    (clone, _, _), obs, demo, _ = learners()
+    demo_obs, demo_action = variants.with_labels(demo, obs, clone)
+    assert torch.equal(demo_obs[:8], demo[0][:8]) and torch.equal(demo_action[:8], demo[1][:8])
+    assert torch.equal(demo_obs[8:], obs[8:]) and torch.equal(demo_action[8:], clone(obs)[8:])
+    assert not demo_action.requires_grad
+
+
+def test_labels_need_a_clone():
+    code, _, err = call(variants, *FLAGS.split(), "--clone-labels")
+    assert code == 2 and "--clone-labels needs a clone: --clone-steps 20000" in err
 
 
 def test_omega_directions():
