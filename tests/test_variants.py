@@ -195,6 +195,31 @@ def test_half_of_the_pairs_have_the_clones_labels():
     assert not demo_action.requires_grad
 
 
+def test_labels_and_the_ramp_change_a_run(monkeypatch):
+    settings = dict(ws_frac=1.0, clone_steps=5, rl_weight="capped")
+    capped, labelled, ramped = (
+        short_run(variants, **settings | change)[0]
+        for change in ({}, {"clone_labels": True}, {"rl_weight": "ramped"})
+    )
+    assert not same(capped, labelled) and not same(capped, ramped)
+    monkeypatch.setattr(variants, "ramp", lambda iteration, args: 1.0)
+    assert same(capped, short_run(variants, **settings | {"rl_weight": "ramped"})[0])
+
+
+def test_the_labels_are_those_of_the_policy_before_the_first_step(monkeypatch, tmp_path):
+    clones, with_labels = [], variants.with_labels
+
+    def noted(demo, obs, clone):
+        clones.append(deepcopy(clone.state_dict()))
+        return with_labels(demo, obs, clone)
+
+    monkeypatch.setattr(variants, "with_labels", noted)
+    short_run(variants, ws_frac=1.0, clone_steps=5, clone_labels=True, keep_policies=True)
+    (path,) = (tmp_path / "runs").glob("*/policies/0.pt")
+    first = torch.load(path, weights_only=True)["actor"]
+    assert len(clones) == 30 and all(same(clone, first) for clone in clones)
+
+
 def test_labels_need_a_clone():
     code, _, err = call(variants, *FLAGS.split(), "--clone-labels")
     assert code == 2 and "--clone-labels needs a clone: --clone-steps 20000" in err
