@@ -594,7 +594,7 @@ def check_results(runs: list[Run], results: Path):
             continue
         saved = json.loads(path.read_text())
         for name, value in run.args.items():
-            old = saved["args"].get(name)
+            old = saved["args"].get(name, value)  # a flag may be newer than the result
             if name == "ws_frac":  # what counts is the warm start's length
                 old, value = (round(share * run.args["total_timesteps"]) for share in (old, value))
             if name != "cuda" and old != value:

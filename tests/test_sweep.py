@@ -312,6 +312,9 @@ def test_results_of_other_arguments_are_refused(study):
                 sweep.check_results([run], study.parent)
         else:
             sweep.check_results([run], study.parent)
+    older = {name: value for name, value in run.args.items() if name != "gild_lr"}
+    sweep.write(path, json.dumps({"args": older}).encode())
+    sweep.check_results([run], study.parent)  # made before there was that flag
 
 
 def test_a_dry_run_lists_and_writes_nothing(study, capsys):
