@@ -145,6 +145,16 @@ def test_a_random_direction_has_the_meta_gradients_length(tmp_path):
         assert cosine > 0.999 if learners[slot].args.omega == "learned" else abs(cosine) < 0.1
 
 
+def test_a_batch_fits_f_as_the_runs_flags_say(tmp_path):
+    differences = "benchmark.gild_td3_variants --gild-fit differences"
+    runs = {"td3": "baselines.td3", "gild": "gild_td3 --ws-frac 1", "closer": differences, "random": CAPPED}
+    learners = {one.run.variant: one for one in made(study(tmp_path, runs))}
+    fits = {name: batched.fit_of(one) for name, one in learners.items()}
+    assert fits == {"td3": "", "gild": "demonstrations", "closer": "differences", "random": ""}
+    first = batched.first_weights(learners["closer"].args, "differences")["gild"]["net.0.weight"]
+    assert (first[:, :2] == 0).all() and (first[:, 2:4] == -first[:, 4:]).all() and first[:, 4:].any()
+
+
 def rows_of(path):
     with open(path) as file:
         return list(csv.DictReader(file))
