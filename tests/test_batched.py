@@ -155,6 +155,27 @@ def test_a_batch_fits_f_as_the_runs_flags_say(tmp_path):
     assert (first[:, :2] == 0).all() and (first[:, 2:4] == -first[:, 4:]).all() and first[:, 4:].any()
 
 
+def test_actions_have_noise_and_only_the_critics_gradients_are_in_bfloat16(tmp_path):
+    demos, gradients = [torch.zeros(9, 2), torch.zeros(9, 2)], []
+    inputs = [torch.rand(1, 32, width) for width in (2, 2, 1, 2, 1)]
+    for flags in ("", "--bf16"):
+        learners = made(study(tmp_path, {"il": "baselines.td3_il"}, f"{flags} --policy-noise 0"))
+        weights = [batched.first_weights(learners[0].args)]
+        batch = batched.Batch(learners, weights, [demos], torch.device("cpu"), compile=False)
+        nets, knobs = batch.nets, (batch.beta, batch.cap, batch.plain, batch.by_error, batch.lam + 1)
+        critic, _ = batch.critic_gradient(nets["critic"], nets["critic"], nets["actor"], inputs)
+        actor, *_ = batch.actor_gradient(nets["actor"], nets["critic"], inputs[0], inputs[:2], *knobs)
+        gradients.append((critic["net1.2.weight"], actor["net.2.weight"]))
+    (critic, actor), (critic_bf16, actor_bf16) = gradients
+    assert torch.equal(actor, actor_bf16) and not torch.equal(critic, critic_bf16)
+    assert (critic - critic_bf16).norm() < 0.1 * critic.norm()
+    chosen = []
+    for _ in range(1_000):
+        batch.choose()
+        chosen.append(batch.action - batch.policy(batch.obs))
+    assert torch.stack(chosen).std().item() == pytest.approx(0.1, rel=0.1)
+
+
 def rows_of(path):
     with open(path) as file:
         return list(csv.DictReader(file))
