@@ -53,11 +53,10 @@ def main(options: Options):
         demonstrations = DemonstrationBuffer(path, task, env, torch.device("cpu"))
         for fit in (*FITS, "the error itself"):
             torch.manual_seed(options.seed)
-            gild = GILD(demonstrations.obs.shape[1], demonstrations.actions.shape[1])
+            gild = Error()
             if fit in FITS:
+                gild = GILD(demonstrations.obs.shape[1], demonstrations.actions.shape[1])
                 FITS[fit](gild, demonstrations)
-            else:
-                gild = Error()
             cells = [f"{slope_cosine(gild, demonstrations, distance):.2f}" for distance in DISTANCES]
             cells.append(f"{clone_distance(gild, demonstrations, args, options.updates):.4f}")
             print(f"| {' | '.join([task, fit, *cells])} |", flush=True)
