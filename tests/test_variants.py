@@ -167,6 +167,27 @@ def test_the_measures_of_a_fit(demonstrations):
     assert distances[1] < 0.2 * distances[0]
 
 
+def test_the_description_of_f(demonstrations):
+    torch.manual_seed(0)
+    actor, weights = gild_td3.Actor(2, 2), torch.tensor([[3.0], [-4.0]])
+    with torch.no_grad():
+        difference = actor(demonstrations.obs) - demonstrations.actions
+    length, length_there, cosine, alike = fit.describe(variants.Error(), actor, demonstrations)
+    assert length == pytest.approx(difference.norm(dim=1).mean().item())  # its slope is the difference
+    assert length_there == 0 and cosine == pytest.approx(1)
+    assert alike == pytest.approx(difference.mean(0).norm().item() / length)
+    push = lambda demo_obs, demo_action, action: action @ weights  # noqa: E731
+    assert fit.describe(push, actor, demonstrations)[::3] == pytest.approx([5, 1])
+
+
+def test_a_run_is_described(tmp_path, capsys):
+    assert call(variants, *FLAGS.split(), "--gild-init", "imitation", "--gild-lr", "0.1")[0] == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    fit.main(fit.Args(run=run_dir))
+    fitted, learned = (line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[-2:])
+    assert all(old != new for old, new in zip(fitted, learned, strict=True))
+
+
 @pytest.mark.parametrize("choice", variants.FITS)
 def test_the_flag_chooses_the_fit(choice, monkeypatch):
     called = []
