@@ -94,7 +94,7 @@ def learner(run: Run) -> Learner:
         args = replace(args, gild_lr=Variant.gild_lr, omega="frozen")
     beyond = args.gild_form == "weight", args.meta_critic != "q1", args.meta_loss != "gain", args.demo_path
     no_f = args.gild_form == "error" or (args.release == "drop" and args.ws_frac == 0)
-    beyond += args.gild_weight_decay, args.rl_weight == "ramped", args.clone_labels
+    beyond += args.gild_weight_decay, args.rl_weight == "ramped", args.clone_labels, args.critic_norm
     if any(beyond) or (args.clone_steps and no_f):
         raise InputError("it has flags that batches do not know")
     if args.total_timesteps > args.buffer_size:

@@ -18,6 +18,7 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
                           imitation error itself (error), which makes the run RL+IL
     --gild-fit F          where f is fitted to the imitation error at first: at the demonstrations, as in
                           gild_td3.py, or at differences a - a_d of every size (differences)
+    --critic-norm         LayerNorm before each ReLU of the critic
     --meta-critic q2      Q1 and Q2 learn from disjoint halves of D; Q1 trains the actor, Q2 judges in Eq. (8)
 
     python -m benchmark.gild_td3_variants --rl-weight capped --clone-steps 20000 --release returns
@@ -79,6 +80,7 @@ class Args(gild_td3.Args):
     omega: Literal["learned", "frozen", "flipped", "random"] = "learned"  # direction of omega's step
     gild_form: Literal["network", "weight", "error"] = "network"  # what f is
     gild_fit: Literal["demonstrations", "differences"] = "demonstrations"  # where f's first fit is made
+    critic_norm: bool = False  # LayerNorm in the critic
     meta_critic: Literal["q1", "q2"] = "q1"  # the critic in Eq. (8)
 
     def __post_init__(self):
@@ -87,6 +89,16 @@ class Args(gild_td3.Args):
         self.clone_steps = clones
         if self.clone_labels and not clones:
             raise InputError("--clone-labels needs a clone: --clone-steps 20000")
+
+
+class NormCritic(Critic):
+    """A LayerNorm before each ReLU bounds what Q makes of actions that D does not have."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int = 256):
+        super().__init__(obs_dim, action_dim)
+        for net in (self.net1, self.net2):
+            net.insert(1, torch.nn.LayerNorm(hidden))
+            net.insert(4, torch.nn.LayerNorm(hidden))
 
 
 class WeightedError(torch.nn.Module):
@@ -317,7 +329,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = Critic(obs_dim, action_dim).to(device)
+    critic = (NormCritic if args.critic_norm else Critic)(obs_dim, action_dim).to(device)
     target_actor, target_critic, clone = deepcopy(actor), deepcopy(critic), deepcopy(actor)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)

@@ -284,6 +284,7 @@ def test_a_minibatch_has_rows_that_were_stored(tmp_path):
         ("benchmark.gild_td3_variants --meta-critic q2", "it has flags that batches do not know"),
         ("benchmark.gild_td3_variants --gild-form weight", "it has flags that batches do not know"),
         ("benchmark.gild_td3_variants --rl-weight ramped", "it has flags that batches do not know"),
+        ("benchmark.gild_td3_variants --critic-norm", "it has flags that batches do not know"),
         ("gild_td3 --gild-weight-decay 1e-4", "it has flags that batches do not know"),
         ("benchmark.gild_td3_variants --ws-frac 0 --clone-steps 9", "it has flags that batches do not know"),
         ("gild_td3 --buffer-size 90", "--total-timesteps 100 exceeds --buffer-size 90"),

@@ -15,7 +15,7 @@ from tests.soak import assert_same_run
 FLAGS = """--env-id Point2D-v0 --total-timesteps 400 --learning-starts 200 --batch-size 32 --no-cuda
 --eval-frequency 100 --eval-episodes 1 --checkpoint-frequency 150 --buffer-size 330 --gild-init random"""
 ALL = """--rl-weight ramped --clone-steps 20 --clone-labels --release returns --gild-form weight
---meta-critic q2"""
+--meta-critic q2 --critic-norm"""
 
 
 def learners(seed=0, obs_dim=3, action_dim=2, pairs=16):
@@ -225,6 +225,16 @@ def test_labels_and_the_ramp_change_a_run(monkeypatch):
     assert not same(capped, labelled) and not same(capped, ramped)
     monkeypatch.setattr(variants, "ramp", lambda iteration, args: 1.0)
     assert same(capped, short_run(variants, **settings | {"rl_weight": "ramped"})[0])
+
+
+def test_the_critic_with_norms_is_bounded():
+    plain, normed = (short_run(variants, critic_norm=norm)[0] for norm in (False, True))
+    assert not same(plain, normed)
+    inputs = torch.randn(2, 64, 2)
+    for network, bounded in ((variants.Critic(2, 2), False), (variants.NormCritic(2, 2), True)):
+        near, far = (network(scale * inputs[0], scale * inputs[1]) for scale in (1e3, 1e6))
+        for a, b in zip(near, far, strict=True):
+            assert torch.allclose(a, b, rtol=1e-2, atol=1e-3) == bounded
 
 
 def test_the_labels_are_those_of_the_policy_before_the_first_step(monkeypatch, tmp_path):
