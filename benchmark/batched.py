@@ -675,7 +675,8 @@ def main(args: Args):
     for training in trainings:
         next(training)
     torch.manual_seed(0)
-    # kernels of this size leave room on a GPU: with a stream for each batch they overlap
+    # Kernels of this size leave room on a GPU: with a stream for each batch they overlap. The graphs share a
+    # random number generator, so there no two trainings of a study are alike.
     streams = [torch.cuda.Stream() if torch.cuda.is_available() else None for _ in trainings]
     turns = list(zip(trainings, streams, strict=True))
     while turns:
