@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 from benchmark.batched import demonstrations_of, first_weights
 from benchmark.gild_td3_variants import FITS, Error, clone_gradient
 from benchmark.gild_td3_variants import Args as Variant
+from evaluate import InputError, command_line
 from gild_td3 import GILD, Actor, DemonstrationBuffer, gradient, make_env, step
 
 TASKS = "Point2D-v0", "Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4"
@@ -71,8 +71,13 @@ def describe(gild, actor, demonstrations: DemonstrationBuffer) -> list[float]:
 
 
 def describe_run(run_dir: Path):
-    args = Variant(**json.loads((run_dir / "args.json").read_text())["args"])
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True, map_location="cpu")
+    try:
+        args = Variant(**json.loads((run_dir / "args.json").read_text())["args"])
+        checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True, map_location="cpu")
+    except (OSError, TypeError) as error:
+        raise InputError(f"{run_dir} is no run of benchmark.gild_td3_variants ({error})") from None
+    if args.gild_form != "network":
+        raise InputError(f"{run_dir} was made with --gild-form {args.gild_form}; f is not a network there")
     demonstrations = demonstrations_of(args)
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     actor, gild = Actor(*shape), GILD(*shape)
@@ -108,4 +113,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args)

@@ -186,6 +186,8 @@ def test_a_run_is_described(tmp_path, capsys):
     fit.main(fit.Args(run=run_dir))
     fitted, learned = (line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[-2:])
     assert all(old != new for old, new in zip(fitted, learned, strict=True))
+    with pytest.raises(fit.InputError, match="is no run of"):
+        fit.main(fit.Args(run=tmp_path))
 
 
 @pytest.mark.parametrize("choice", variants.FITS)
@@ -230,6 +232,8 @@ def test_labels_and_the_ramp_change_a_run(monkeypatch):
 def test_the_critic_with_norms_is_bounded():
     plain, normed = (short_run(variants, critic_norm=norm)[0] for norm in (False, True))
     assert not same(plain, normed)
+    kinds = [type(layer).__name__ for layer in variants.NormCritic(2, 2).net2]
+    assert kinds == ["Linear", "LayerNorm", "ReLU"] * 2 + ["Linear"]
     inputs = torch.randn(2, 64, 2)
     for network, bounded in ((variants.Critic(2, 2), False), (variants.NormCritic(2, 2), True)):
         near, far = (network(scale * inputs[0], scale * inputs[1]) for scale in (1e3, 1e6))
