@@ -34,15 +34,16 @@ import tyro
 from torch.func import functional_call, grad, vjp
 
 from baselines.common import SPARSE_THRESHOLDS, DemonstrationBuffer, make_env, task_name
-from benchmark.gild_td3_variants import FITS, Release
+from benchmark.gild_td3_variants import CRITICS, FITS, Release
 from benchmark.gild_td3_variants import Args as Variant
 from benchmark.sweep import COLUMNS, RESULTS, ROOT, Run, check_results, load_study, result, runs_of, write
 from evaluate import InputError, command_line
-from gild_td3 import GILD, Actor, Critic, act, critic_loss, il_loss, rl_loss, rl_weight
+from gild_td3 import GILD, Actor, act, critic_loss, il_loss, rl_loss, rl_weight
 
 SCRIPTS = "baselines.td3", "baselines.td3_il", "gild_td3", "benchmark.gild_td3_variants"
 # arguments in which the runs of a batch may differ
-OWN = "exp_name seed env_id il_beta ws_frac gild_init gild_fit rl_weight release omega gild_form"
+OWN = """exp_name seed env_id il_beta ws_frac gild_init gild_fit rl_weight release release_bar release_rate
+omega gild_form"""
 LEARNED, FROZEN, NO_F = range(3)  # kinds of run, by the f that the actor follows during the warm start
 FORK = multiprocessing.get_context("fork")
 NAN = float("nan")
@@ -94,7 +95,7 @@ def learner(run: Run) -> Learner:
         args = replace(args, gild_lr=Variant.gild_lr, omega="frozen")
     beyond = args.gild_form == "weight", args.meta_critic != "q1", args.meta_loss != "gain", args.demo_path
     no_f = args.gild_form == "error" or (args.release == "drop" and args.ws_frac == 0)
-    beyond += args.gild_weight_decay, args.rl_weight == "ramped", args.clone_labels, args.critic_norm
+    beyond += args.gild_weight_decay, args.rl_weight == "ramped", args.clone_labels
     if any(beyond) or (args.clone_steps and no_f):
         raise InputError("it has flags that batches do not know")
     if args.total_timesteps > args.buffer_size:
@@ -133,7 +134,8 @@ def first_weights(args, fit="") -> dict[str, dict[str, np.ndarray]]:
     demonstrations = demonstrations_of(args)
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     torch.manual_seed(args.seed)
-    nets = {"actor": Actor(*shape), "critic": Critic(*shape), "gild": GILD(*shape)}
+    critic = CRITICS[args.critic_norm](*shape)
+    nets = {"actor": Actor(*shape), "critic": critic, "gild": GILD(*shape)}
     if fit:
         FITS[fit](nets["gild"], demonstrations)
     return {name: {k: p.numpy() for k, p in net.state_dict().items()} for name, net in nets.items()}
@@ -164,7 +166,7 @@ def gradients(args, obs_dim: int, action_dim: int, device_type: str):
     """Functions for the gradients of the critic, the actor, L_GILD and the meta-loss."""
     with torch.device("meta"):  # only their structure is used
         shape = obs_dim, action_dim
-        actor, critic, gild = Actor(*shape), Critic(*shape), GILD(*shape)
+        actor, critic, gild = Actor(*shape), CRITICS[args.critic_norm](*shape), GILD(*shape)
     autocast = partial(torch.autocast, device_type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
 
     def critic_gradient(theta, target_theta, target_phi, batch):

@@ -12,6 +12,8 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
     --clone-labels        half of the pairs that the actor imitates are states of D with the clone's action
     --release R           how lambda ends: at once after the warm start (drop), linearly to 0 over the run
                           (linear), by the training returns (returns), or never
+    --release-bar X, --release-rate Y    by the training returns: every 1,000 steps lambda is multiplied by Y
+                          if the last ten episodes have X times the clone's return, and else divided by it
     --omega O             the direction of omega's step: the meta-gradient (learned), its negative (flipped),
                           a random one of the same length (random), none (frozen)
     --gild-form F         f as a network, as a learned weight times the imitation error (weight), or as the
@@ -77,6 +79,8 @@ class Args(gild_td3.Args):
     clone_steps: int = 0  # updates on L_GILD alone before the first step
     clone_labels: bool = False  # imitate the clone in states of D as well
     release: Literal["drop", "linear", "returns", "never"] = "drop"  # how the weight of L_GILD ends
+    release_bar: float = 1.0  # by returns: share of the clone's return above which lambda falls
+    release_rate: float = 0.97  # by returns: factor of lambda every 1,000 steps
     omega: Literal["learned", "frozen", "flipped", "random"] = "learned"  # direction of omega's step
     gild_form: Literal["network", "weight", "error"] = "network"  # what f is
     gild_fit: Literal["demonstrations", "differences"] = "demonstrations"  # where f's first fit is made
@@ -99,6 +103,9 @@ class NormCritic(Critic):
         for net in (self.net1, self.net2):
             net.insert(1, torch.nn.LayerNorm(hidden))
             net.insert(4, torch.nn.LayerNorm(hidden))
+
+
+CRITICS = {False: Critic, True: NormCritic}  # by --critic-norm
 
 
 class WeightedError(torch.nn.Module):
@@ -169,8 +176,8 @@ class Release:
         if args.release == "linear":
             self.value = 1 - global_step / args.total_timesteps
         if args.release == "returns" and global_step % 1_000 == 0 and len(self.recent) == self.recent.maxlen:
-            good = np.mean(self.recent) >= np.mean(self.bar)
-            self.value = 0.97 * self.value if good else min(1.0, self.value / 0.97)
+            good = np.mean(self.recent) >= args.release_bar * np.mean(self.bar)
+            self.value = min(1.0, self.value * args.release_rate ** (1 if good else -1))
         if args.release == "drop":
             warm_start = round(args.ws_frac * args.total_timesteps)
             self.value = float(global_step - args.learning_starts < warm_start)
@@ -329,7 +336,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = (NormCritic if args.critic_norm else Critic)(obs_dim, action_dim).to(device)
+    critic = CRITICS[args.critic_norm](obs_dim, action_dim).to(device)
     target_actor, target_critic, clone = deepcopy(actor), deepcopy(critic), deepcopy(actor)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)

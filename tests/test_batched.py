@@ -16,9 +16,9 @@ import torch
 
 from baselines.common import evaluate, make_env
 from benchmark import batched, report
-from benchmark.gild_td3_variants import omega_direction
+from benchmark.gild_td3_variants import CRITICS, omega_direction
 from benchmark.sweep import load_study, runs_of, seconds_per_step
-from gild_td3 import Actor, Args, act
+from gild_td3 import GILD, Actor, Args, act
 from tests.conftest import ROOT
 
 CAPPED = "benchmark.gild_td3_variants --gild-init random --rl-weight capped --il-beta 0.5"
@@ -45,22 +45,30 @@ def study(tmp_path, variants=VARIANTS, flags="", steps=100):
     return path
 
 
-def test_an_update_is_the_scripts(tmp_path):
-    """Two iterations in float64 beside each run's own script; in the second GILD has ended for two runs."""
-    path = study(tmp_path, flags="--policy-noise 0 --policy-frequency 1 --learning-rate 1e-3")
+NORMED = {k: f"{VARIANTS[k]} --critic-norm" for k in ("flipped", "capped", "dropped")}
+
+
+@pytest.mark.parametrize("variants, kinds", [
+    (VARIANTS, [(4, (4, 6)), (2, (4, 6))]),
+    (NORMED, [(2, (2, 3)), (1, (2, 3))]),
+], ids=["all", "critic-norm"])  # fmt: skip
+def test_an_update_is_the_scripts(variants, kinds, tmp_path):
+    """Two iterations in float64 beside each run's own script; in the second GILD has ended for some runs."""
+    path = study(tmp_path, variants, flags="--policy-noise 0 --policy-frequency 1 --learning-rate 1e-3")
     learners = made(path)
     weights = [batched.first_weights(one.args) for one in learners]
     weights = [
         {name: {k: np.float64(p) for k, p in net.items()} for name, net in nets.items()} for nets in weights
     ]
     for one, nets in zip(learners, weights, strict=True):  # |Q| for beta / |Q| above the cap, or below
-        nets["critic"]["net1.4.bias"] += {"il": 1.0, "capped": 0.0}.get(one.run.variant, 3.0)
+        last = "net1.6.bias" if variants == NORMED else "net1.4.bias"
+        nets["critic"][last] += {"il": 1.0, "capped": 0.0}.get(one.run.variant, 3.0)
     torch.manual_seed(0)
     demos = [(torch.randn(50, 2).double(), torch.rand(50, 2).double()) for _ in learners]
     batch = batched.Batch(learners, weights, demos, torch.device("cpu"), compile=False)
     batch.rows, batch.added = torch.randn_like(batch.rows, dtype=torch.float64), torch.tensor(60)
     scripts = [script_learner(one, start) for one, start in zip(learners, weights, strict=True)]
-    for iteration in (2, 3):
+    for iteration, expected in zip((2, 3), kinds, strict=True):
         transitions, demo, val_obs = batch.sample(), batch.sample_demo(), batch.sample()[0]
         imitates = [one.is_il or iteration <= one.gild_iterations for one in learners]
         most = [LAMBDA if "variants" in one.run.script else 1.0 for one in learners]
@@ -69,7 +77,7 @@ def test_an_update_is_the_scripts(tmp_path):
         batch.sample, sample = iter([transitions, (val_obs,)]).__next__, batch.sample
         batch.sample_demo, sample_demo = iter([demo]).__next__, batch.sample_demo
         kind = batched.kind_of_iteration(learners, np.array(lam), iteration)
-        assert kind == (True, 4 if iteration == 2 else 2, (4, 6))
+        assert kind == (True, *expected)
         batch.learn(*kind)
         batch.sample, batch.sample_demo = sample, sample_demo
         for slot, (one, nets, optimizers) in enumerate(scripts):
@@ -95,8 +103,9 @@ def made(path):
 
 
 def script_learner(one, start):
-    nets = {name: getattr(batched, name)(2, 2).double() for name in ("Actor", "Critic", "GILD")}
-    nets = {name.lower(): net for name, net in nets.items()}
+    critic = CRITICS[one.args.critic_norm]
+    nets = {"actor": Actor(2, 2), "critic": critic(2, 2), "gild": GILD(2, 2)}
+    nets = {name: net.double() for name, net in nets.items()}
     for name, net in nets.items():
         net.load_state_dict({k: torch.from_numpy(p) for k, p in start[name].items()})
     adam = partial(torch.optim.Adam, lr=one.args.learning_rate)
@@ -284,7 +293,6 @@ def test_a_minibatch_has_rows_that_were_stored(tmp_path):
         ("benchmark.gild_td3_variants --meta-critic q2", "it has flags that batches do not know"),
         ("benchmark.gild_td3_variants --gild-form weight", "it has flags that batches do not know"),
         ("benchmark.gild_td3_variants --rl-weight ramped", "it has flags that batches do not know"),
-        ("benchmark.gild_td3_variants --critic-norm", "it has flags that batches do not know"),
         ("gild_td3 --gild-weight-decay 1e-4", "it has flags that batches do not know"),
         ("benchmark.gild_td3_variants --ws-frac 0 --clone-steps 9", "it has flags that batches do not know"),
         ("gild_td3 --buffer-size 90", "--total-timesteps 100 exceeds --buffer-size 90"),

@@ -278,14 +278,16 @@ def test_the_meta_gradient_waits_for_a_reward_and_has_unit_scale():
         torch.testing.assert_close(variants.norm(variants.scaled(grad, scale)), torch.tensor(1.0))
 
 
-def test_release_by_returns():
-    """The bar is the mean of the first 10,000 steps; down by 3 % a thousand steps, and back."""
-    release = variants.Release(args_of(release="returns", learning_starts=10_000))
-    release.episode(4_000, 100.0)
+@pytest.mark.parametrize("bar, rate", [(1.0, 0.97), (0.5, 0.9)])
+def test_release_by_returns(bar, rate):
+    """Down at each thousandth step while the last ten episodes are at the bar, and else back."""
+    args = args_of(release="returns", release_bar=bar, release_rate=rate, learning_starts=10_000)
+    release = variants.Release(args)
+    release.episode(4_000, 100.0)  # the clone's: mean 200
     release.episode(9_000, 300.0)
-    for good, expected in ((True, 0.97), (True, 0.97**2), (False, 0.97), (False, 1.0), (False, 1.0)):
+    for good, expected in ((True, rate), (True, rate**2), (False, rate), (False, 1.0), (False, 1.0)):
         for _ in range(10):
-            release.episode(20_000, 250.0 if good else 150.0)
+            release.episode(20_000, 200.0 * bar + (1 if good else -1))
         release.update(20_500)
         release.update(21_000)
         assert math.isclose(release.value, expected)
