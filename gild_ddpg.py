@@ -76,9 +76,11 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions, and demonstrations, per update
     learning_starts: int = 10_000  # steps with random actions before the first update
+    critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     exploration_noise: float = 0.1  # std of the exploration noise (actions are in [-1, 1])
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
+    clone_steps: int = 0  # behaviour cloning updates before the first step; the clone replaces random actions
     il_beta: float = 2.5  # w_rl = il_beta / mean |Q|, the weight of RL against imitation in RL+IL
     ws_frac: float = 0.01  # warm start: GILD only in the first ws_frac * total_timesteps critic updates
     gild_lr: float = 1e-4  # learning rate of omega
@@ -94,8 +96,10 @@ class Args:
 # ALGO LOGIC: networks
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
-    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
@@ -113,9 +117,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """theta: the action value Q: (N, |S|), (N, |A|) -> (N, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, norm: bool = False):
         super().__init__()
-        self.net = mlp(obs_dim + action_dim, 1)
+        self.net = mlp(obs_dim + action_dim, 1, norm=norm)
 
     def forward(self, obs, action):
         return self.net(torch.cat([obs, action], 1))
@@ -274,6 +278,15 @@ def fit_imitation(gild, demonstrations, iterations=2_000, batch_size=256):
     return loss.item()
 
 
+def clone(actor, demonstrations, args):
+    """Behaviour cloning: minimises L_IL of Eq. (3) alone, before the first step."""
+    optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
+    for _ in tqdm(range(args.clone_steps), unit=" clone updates", disable=None):
+        demo_obs, demo_action = demonstrations.sample(args.batch_size)
+        loss = il_loss(actor(demo_obs), demo_action)
+        step(optimizer, actor, gradient(loss, dict(actor.named_parameters())))
+
+
 @torch.no_grad()
 def act(actor, obs):
     """The deterministic policy, NumPy to NumPy: (..., |S|) -> (..., |A|)."""
@@ -288,7 +301,7 @@ def train(args: Args) -> Path:
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     gild_iterations = round(args.ws_frac * args.total_timesteps)
-    if gild_iterations > 0:
+    if gild_iterations > 0 or args.clone_steps > 0:
         shipped = Path(__file__).parent / "demos" / f"{task_name(args.env_id)}-ddpg.npz"
         demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
@@ -301,7 +314,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = Critic(obs_dim, action_dim).to(device)
+    critic = Critic(obs_dim, action_dim, args.critic_norm).to(device)
     target_actor, target_critic = deepcopy(actor), deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
@@ -317,6 +330,9 @@ def train(args: Args) -> Path:
     run_dir, writer, last_step, evaluations = start_run(args, parts, generators)
     if gild_iterations > 0 and args.gild_init == "imitation" and last_step == 0:
         writer.add_scalar("losses/gild_fit", fit_imitation(gild, demonstrations), 0)
+    if args.clone_steps > 0 and last_step == 0:
+        clone(actor, demonstrations, args)
+        target_actor.load_state_dict(actor.state_dict())
 
     update_critic, update_actor, update_gild = critic_gradient, actor_gradient, gild_gradients
     if args.compile:
@@ -330,7 +346,7 @@ def train(args: Args) -> Path:
         # ALGO LOGIC: act
         if ended:
             obs, _ = env.reset()
-        if global_step <= args.learning_starts:
+        if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
             noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)
@@ -542,7 +558,7 @@ def check(args):
     """Raises InputError if an argument is out of range or a package is missing."""
     for field in fields(args):
         name, value = field.name, getattr(args, field.name)
-        low = 1 if field.type is int and name not in ("seed", "learning_starts") else 0
+        low = 1 if field.type is int and name not in ("seed", "learning_starts", "clone_steps") else 0
         high = {"gamma": 1, "tau": 1, "ws_frac": 1, "torch_threads": 1_000}.get(name, 1e9)
         if type(value) in (int, float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")

@@ -77,10 +77,12 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions, and demonstrations, per update
     learning_starts: int = 10_000  # steps with random actions before the first update
+    critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned
     autotune: bool | None = None  # tune alpha to the entropy -|A|; None: except Hopper, HalfCheetah, Point2D
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
+    clone_steps: int = 0  # behaviour cloning updates before the first step; the clone replaces random actions
     il_beta: float = 2.5  # w_rl = il_beta / mean |Q|, the weight of RL against imitation in RL+IL
     ws_frac: float = 0.01  # warm start: GILD only in the first ws_frac * total_timesteps critic updates
     gild_lr: float = 1e-4  # learning rate of omega
@@ -96,16 +98,19 @@ class Args:
 # ALGO LOGIC: networks
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
-    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
 def xavier(network: nn.Sequential) -> nn.Sequential:
     """Xavier-uniform weights and zero biases, as in pranz24's SAC, which the paper builds on."""
-    for layer in network[::2]:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return network
 
 
@@ -136,10 +141,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """theta: twin action values Q1, Q2: (N, |S|), (N, |A|) -> (N, 1), (N, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, norm: bool = False):
         super().__init__()
-        self.net1 = xavier(mlp(obs_dim + action_dim, 1))
-        self.net2 = xavier(mlp(obs_dim + action_dim, 1))
+        self.net1 = xavier(mlp(obs_dim + action_dim, 1, norm=norm))
+        self.net2 = xavier(mlp(obs_dim + action_dim, 1, norm=norm))
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], 1)
@@ -309,6 +314,15 @@ def fit_imitation(gild, demonstrations, iterations=2_000, batch_size=256):
     return loss.item()
 
 
+def clone(actor, demonstrations, args):
+    """Behaviour cloning: minimises L_IL of Eq. (3) alone, before the first step."""
+    optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
+    for _ in tqdm(range(args.clone_steps), unit=" clone updates", disable=None):
+        demo_obs, demo_action = demonstrations.sample(args.batch_size)
+        loss, _ = il_loss(actor, demo_obs, demo_action)
+        step(optimizer, actor, gradient(loss, dict(actor.named_parameters())))
+
+
 @torch.no_grad()
 def act(actor, obs, explore=False):
     """The deterministic policy, or a sample of it, NumPy to NumPy: (..., |S|) -> (..., |A|)."""
@@ -327,7 +341,7 @@ def train(args: Args) -> Path:
     fixed = task_name(args.env_id) in ("Hopper", "HalfCheetah", "Point2D")
     autotune = not fixed if args.autotune is None else args.autotune
     gild_iterations = round(args.ws_frac * args.total_timesteps)
-    if gild_iterations > 0:
+    if gild_iterations > 0 or args.clone_steps > 0:
         shipped = Path(__file__).parent / "demos" / f"{task_name(args.env_id)}-sac.npz"
         demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
@@ -339,7 +353,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = Critic(obs_dim, action_dim).to(device)
+    critic = Critic(obs_dim, action_dim, args.critic_norm).to(device)
     target_critic = deepcopy(critic)
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
@@ -358,6 +372,8 @@ def train(args: Args) -> Path:
     run_dir, writer, last_step, evaluations = start_run(args, parts, generators)
     if gild_iterations > 0 and args.gild_init == "imitation" and last_step == 0:
         writer.add_scalar("losses/gild_fit", fit_imitation(gild, demonstrations), 0)
+    if args.clone_steps > 0 and last_step == 0:
+        clone(actor, demonstrations, args)
 
     update_critic, update_actor, update_gild = critic_gradient, actor_gradient, gild_gradients
     if args.compile:
@@ -371,7 +387,7 @@ def train(args: Args) -> Path:
         # ALGO LOGIC: act
         if ended:
             obs, _ = env.reset()
-        if global_step <= args.learning_starts:
+        if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
             action = act(actor, obs, explore=True)
@@ -587,7 +603,7 @@ def check(args):
     """Raises InputError if an argument is out of range or a package is missing."""
     for field in fields(args):
         name, value = field.name, getattr(args, field.name)
-        low = 1 if field.type is int and name not in ("seed", "learning_starts") else 0
+        low = 1 if field.type is int and name not in ("seed", "learning_starts", "clone_steps") else 0
         high = {"gamma": 1, "tau": 1, "ws_frac": 1, "torch_threads": 1_000}.get(name, 1e9)
         if type(value) in (int, float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")

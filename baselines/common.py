@@ -182,7 +182,7 @@ def check(args):
     """Raises InputError if an argument is out of range or a package is missing."""
     for field in fields(args):
         name, value = field.name, getattr(args, field.name)
-        low = 1 if field.type is int and name not in ("seed", "learning_starts") else 0
+        low = 1 if field.type is int and name not in ("seed", "learning_starts", "clone_steps") else 0
         high = {"gamma": 1, "tau": 1, "ws_frac": 1, "torch_threads": 1_000}.get(name, 1e9)
         if type(value) in (int, float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")

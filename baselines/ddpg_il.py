@@ -63,9 +63,11 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions, and demonstrations, per update
     learning_starts: int = 10_000  # steps with random actions before the first update
+    critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     exploration_noise: float = 0.1  # std of the exploration noise (actions are in [-1, 1])
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
+    clone_steps: int = 0  # behaviour cloning updates before the first step; the clone replaces random actions
     il_beta: float = 2.5  # w_rl = il_beta / mean |Q|, the weight of RL against imitation in RL+IL
 
     def __post_init__(self):
@@ -75,8 +77,10 @@ class Args:
 # ALGO LOGIC: networks
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
-    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
@@ -94,9 +98,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """theta: the action value Q: (N, |S|), (N, |A|) -> (N, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, norm: bool = False):
         super().__init__()
-        self.net = mlp(obs_dim + action_dim, 1)
+        self.net = mlp(obs_dim + action_dim, 1, norm=norm)
 
     def forward(self, obs, action):
         return self.net(torch.cat([obs, action], 1))
@@ -172,6 +176,15 @@ def update_target(target, online, tau):
         old.lerp_(new, tau)
 
 
+def clone(actor, demonstrations, args):
+    """Behaviour cloning: minimises L_IL of Eq. (3) alone, before the first step."""
+    optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
+    for _ in tqdm(range(args.clone_steps), unit=" clone updates", disable=None):
+        demo_obs, demo_action = demonstrations.sample(args.batch_size)
+        loss = il_loss(actor(demo_obs), demo_action)
+        step(optimizer, actor, gradient(loss, dict(actor.named_parameters())))
+
+
 @torch.no_grad()
 def act(actor, obs):
     """The deterministic policy, NumPy to NumPy: (..., |S|) -> (..., |A|)."""
@@ -197,7 +210,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = Critic(obs_dim, action_dim).to(device)
+    critic = Critic(obs_dim, action_dim, args.critic_norm).to(device)
     target_actor, target_critic = deepcopy(actor), deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
@@ -206,6 +219,9 @@ def train(args: Args) -> Path:
     parts["buffer"] = buffer
 
     run_dir, writer, last_step, evaluations = start_run(args, parts, generators)
+    if args.clone_steps > 0 and last_step == 0:
+        clone(actor, demonstrations, args)
+        target_actor.load_state_dict(actor.state_dict())
 
     update_critic, update_actor = critic_gradient, actor_gradient
     if args.compile:
@@ -218,7 +234,7 @@ def train(args: Args) -> Path:
         # ALGO LOGIC: act
         if ended:
             obs, _ = env.reset()
-        if global_step <= args.learning_starts:
+        if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
             noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)

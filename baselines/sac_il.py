@@ -64,10 +64,12 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions, and demonstrations, per update
     learning_starts: int = 10_000  # steps with random actions before the first update
+    critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned
     autotune: bool | None = None  # tune alpha to the entropy -|A|; None: except Hopper, HalfCheetah, Point2D
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
+    clone_steps: int = 0  # behaviour cloning updates before the first step; the clone replaces random actions
     il_beta: float = 2.5  # w_rl = il_beta / mean |Q|, the weight of RL against imitation in RL+IL
 
     def __post_init__(self):
@@ -77,16 +79,19 @@ class Args:
 # ALGO LOGIC: networks
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
-    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
 def xavier(network: nn.Sequential) -> nn.Sequential:
     """Xavier-uniform weights and zero biases, as in pranz24's SAC, which the paper builds on."""
-    for layer in network[::2]:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return network
 
 
@@ -117,10 +122,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """theta: twin action values Q1, Q2: (N, |S|), (N, |A|) -> (N, 1), (N, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, norm: bool = False):
         super().__init__()
-        self.net1 = xavier(mlp(obs_dim + action_dim, 1))
-        self.net2 = xavier(mlp(obs_dim + action_dim, 1))
+        self.net1 = xavier(mlp(obs_dim + action_dim, 1, norm=norm))
+        self.net2 = xavier(mlp(obs_dim + action_dim, 1, norm=norm))
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], 1)
@@ -200,6 +205,15 @@ def update_target(target, online, tau):
         old.lerp_(new, tau)
 
 
+def clone(actor, demonstrations, args):
+    """Behaviour cloning: minimises L_IL of Eq. (3) alone, before the first step."""
+    optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
+    for _ in tqdm(range(args.clone_steps), unit=" clone updates", disable=None):
+        demo_obs, demo_action = demonstrations.sample(args.batch_size)
+        loss, _ = il_loss(actor, demo_obs, demo_action)
+        step(optimizer, actor, gradient(loss, dict(actor.named_parameters())))
+
+
 @torch.no_grad()
 def act(actor, obs, explore=False):
     """The deterministic policy, or a sample of it, NumPy to NumPy: (..., |S|) -> (..., |A|)."""
@@ -228,7 +242,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = Critic(obs_dim, action_dim).to(device)
+    critic = Critic(obs_dim, action_dim, args.critic_norm).to(device)
     target_critic = deepcopy(critic)
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
@@ -240,6 +254,8 @@ def train(args: Args) -> Path:
     parts["buffer"] = buffer
 
     run_dir, writer, last_step, evaluations = start_run(args, parts, generators)
+    if args.clone_steps > 0 and last_step == 0:
+        clone(actor, demonstrations, args)
 
     update_critic, update_actor = critic_gradient, actor_gradient
     if args.compile:
@@ -252,7 +268,7 @@ def train(args: Args) -> Path:
         # ALGO LOGIC: act
         if ended:
             obs, _ = env.reset()
-        if global_step <= args.learning_starts:
+        if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
             action = act(actor, obs, explore=True)

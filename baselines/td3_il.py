@@ -63,12 +63,14 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions, and demonstrations, per update
     learning_starts: int = 10_000  # steps with random actions before the first update
+    critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     policy_noise: float = 0.2  # std of the noise on target actions (actions are in [-1, 1])
     noise_clip: float = 0.5  # bound on the noise on target actions
     policy_frequency: int = 2  # critic updates per update of actor and targets
     exploration_noise: float = 0.1  # std of the exploration noise
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
+    clone_steps: int = 0  # behaviour cloning updates before the first step; the clone replaces random actions
     il_beta: float = 2.5  # w_rl = il_beta / mean |Q|, the weight of RL against imitation in RL+IL
 
     def __post_init__(self):
@@ -78,8 +80,10 @@ class Args:
 # ALGO LOGIC: networks
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
-    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
@@ -97,10 +101,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """theta: twin action values Q1, Q2: (N, |S|), (N, |A|) -> (N, 1), (N, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, norm: bool = False):
         super().__init__()
-        self.net1 = mlp(obs_dim + action_dim, 1)
-        self.net2 = mlp(obs_dim + action_dim, 1)
+        self.net1 = mlp(obs_dim + action_dim, 1, norm=norm)
+        self.net2 = mlp(obs_dim + action_dim, 1, norm=norm)
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], 1)
@@ -182,6 +186,15 @@ def update_target(target, online, tau):
         old.lerp_(new, tau)
 
 
+def clone(actor, demonstrations, args):
+    """Behaviour cloning: minimises L_IL of Eq. (3) alone, before the first step."""
+    optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
+    for _ in tqdm(range(args.clone_steps), unit=" clone updates", disable=None):
+        demo_obs, demo_action = demonstrations.sample(args.batch_size)
+        loss = il_loss(actor(demo_obs), demo_action)
+        step(optimizer, actor, gradient(loss, dict(actor.named_parameters())))
+
+
 @torch.no_grad()
 def act(actor, obs):
     """The deterministic policy, NumPy to NumPy: (..., |S|) -> (..., |A|)."""
@@ -207,7 +220,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = Critic(obs_dim, action_dim).to(device)
+    critic = Critic(obs_dim, action_dim, args.critic_norm).to(device)
     target_actor, target_critic = deepcopy(actor), deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
@@ -216,6 +229,9 @@ def train(args: Args) -> Path:
     parts["buffer"] = buffer
 
     run_dir, writer, last_step, evaluations = start_run(args, parts, generators)
+    if args.clone_steps > 0 and last_step == 0:
+        clone(actor, demonstrations, args)
+        target_actor.load_state_dict(actor.state_dict())
 
     update_critic, update_actor = critic_gradient, actor_gradient
     if args.compile:
@@ -228,7 +244,7 @@ def train(args: Args) -> Path:
         # ALGO LOGIC: act
         if ended:
             obs, _ = env.reset()
-        if global_step <= args.learning_starts:
+        if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
             noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)

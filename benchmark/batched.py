@@ -34,11 +34,11 @@ import tyro
 from torch.func import functional_call, grad, vjp
 
 from baselines.common import SPARSE_THRESHOLDS, DemonstrationBuffer, make_env, task_name
-from benchmark.gild_td3_variants import CRITICS, FITS, Release
+from benchmark.gild_td3_variants import FITS, Release
 from benchmark.gild_td3_variants import Args as Variant
 from benchmark.sweep import COLUMNS, RESULTS, ROOT, Run, check_results, load_study, result, runs_of, write
 from evaluate import InputError, command_line
-from gild_td3 import GILD, Actor, act, critic_loss, il_loss, rl_loss, rl_weight
+from gild_td3 import GILD, Actor, Critic, act, critic_loss, il_loss, rl_loss, rl_weight
 
 SCRIPTS = "baselines.td3", "baselines.td3_il", "gild_td3", "benchmark.gild_td3_variants"
 # arguments in which the runs of a batch may differ
@@ -94,9 +94,8 @@ def learner(run: Run) -> Learner:
     if args.gild_lr == 0:
         args = replace(args, gild_lr=Variant.gild_lr, omega="frozen")
     beyond = args.gild_form == "weight", args.meta_critic != "q1", args.meta_loss != "gain", args.demo_path
-    no_f = args.gild_form == "error" or (args.release == "drop" and args.ws_frac == 0)
     beyond += args.gild_weight_decay, args.rl_weight == "ramped", args.clone_labels
-    if any(beyond) or (args.clone_steps and no_f):
+    if any(beyond):
         raise InputError("it has flags that batches do not know")
     if args.total_timesteps > args.buffer_size:
         raise InputError(f"--total-timesteps {args.total_timesteps} exceeds --buffer-size {args.buffer_size}")
@@ -134,7 +133,7 @@ def first_weights(args, fit="") -> dict[str, dict[str, np.ndarray]]:
     demonstrations = demonstrations_of(args)
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     torch.manual_seed(args.seed)
-    critic = CRITICS[args.critic_norm](*shape)
+    critic = Critic(*shape, args.critic_norm)
     nets = {"actor": Actor(*shape), "critic": critic, "gild": GILD(*shape)}
     if fit:
         FITS[fit](nets["gild"], demonstrations)
@@ -163,10 +162,10 @@ class Bound:
 
 
 def gradients(args, obs_dim: int, action_dim: int, device_type: str):
-    """Functions for the gradients of the critic, the actor, L_GILD and the meta-loss."""
+    """Functions for the gradients of the critic, the actor, L_IL, L_GILD and the meta-loss."""
     with torch.device("meta"):  # only their structure is used
         shape = obs_dim, action_dim
-        actor, critic, gild = Actor(*shape), CRITICS[args.critic_norm](*shape), GILD(*shape)
+        actor, critic, gild = Actor(*shape), Critic(*shape, args.critic_norm), GILD(*shape)
     autocast = partial(torch.autocast, device_type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
 
     def critic_gradient(theta, target_theta, target_phi, batch):
@@ -180,19 +179,24 @@ def gradients(args, obs_dim: int, action_dim: int, device_type: str):
         with autocast():
             return grad(loss, has_aux=True)(theta)
 
+    def il_gradient(phi, demo):
+        """The gradient of L_IL, and its value."""
+
+        def imitation(phi):
+            error = il_loss(Bound(actor, phi)(demo[0]), demo[1])
+            return error, error
+
+        return grad(imitation, has_aux=True)(phi)
+
     def actor_gradient(phi, theta, obs, demo, beta, cap, plain, by_error, lam):
         """w dL_RL + lambda dL_IL, the latter only with `by_error`; w dL_RL; w; Eq. (6)'s direction; L_IL.
 
         w is min(cap, beta / mean |Q|), but 1 if `plain` or without imitation.
         """
 
-        def imitation(phi):
-            error = il_loss(Bound(actor, phi)(demo[0]), demo[1])
-            return error, error
-
         rl = lambda phi: rl_loss(Bound(actor, phi), Bound(critic, theta), obs)  # noqa: E731
         rl_grad, q = grad(rl, has_aux=True)(phi)
-        il_grad, error = grad(imitation, has_aux=True)(phi)
+        il_grad, error = il_gradient(phi, demo)
         w_pseudo = torch.minimum(rl_weight(q, beta), cap)
         w = torch.where(plain | (lam == 0), torch.ones_like(w_pseudo), w_pseudo)
         pseudo = {k: w_pseudo * rl_grad[k] + lam * il_grad[k] for k in phi}
@@ -223,7 +227,7 @@ def gradients(args, obs_dim: int, action_dim: int, device_type: str):
 
         return grad(meta_loss, has_aux=True)(omega)
 
-    return critic_gradient, actor_gradient, gild_gradient, meta_gradient
+    return critic_gradient, actor_gradient, il_gradient, gild_gradient, meta_gradient
 
 
 def per_run(numbers, like):
@@ -248,8 +252,7 @@ class Batch:
         }
         for name, optimizer in self.optimizers.items():  # a step of length 0 makes its state
             self.step(name, {k: torch.zeros_like(p) for k, p in self.nets[name].items()})
-            for moments in optimizer.state.values():
-                moments["step"].zero_()
+            self.forget(optimizer)
         self.reset_targets()
 
         obs_dim, action_dim = demos[0][0].shape[1], demos[0][1].shape[1]
@@ -282,7 +285,14 @@ class Batch:
         if compile:
             torch._dynamo.config.recompile_limit = 100  # functions of vmap share their code, so all count
             functions = [torch.compile(function, dynamic=False) for function in functions]
-        self.critic_gradient, self.actor_gradient, self.gild_gradient, self.meta_gradient = functions
+        self.critic_gradient, self.actor_gradient, self.il_gradient, *functions = functions
+        self.gild_gradient, self.meta_gradient = functions
+
+    def forget(self, optimizer):
+        """Sets its moments back to 0."""
+        for moments in optimizer.state.values():
+            for value in moments.values():
+                value.zero_()
 
     def tensor(self, values):
         return torch.as_tensor(values, device=self.device)
@@ -378,7 +388,7 @@ class Batch:
         self.choose()
 
     def clone_step(self):
-        gradient, *_ = self.gild_gradient(self.nets["actor"], self.nets["gild"], self.sample_demo())
+        gradient, _ = self.il_gradient(self.nets["actor"], self.sample_demo())
         self.step("actor", gradient)
 
     def captured(self, function):
@@ -587,6 +597,7 @@ def train(learners: list[Learner], processes: int, args: Args):
         clone_step = batch.captured(batch.clone_step)
         for _ in range(common.clone_steps):
             clone_step()
+        batch.forget(batch.optimizers["actor"])
         batch.reset_targets()
         batch.choose()
         evaluations.add(0)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmark.batched import demonstrations_of, first_weights
-from benchmark.gild_td3_variants import FITS, Error, clone_gradient
+from benchmark.gild_td3_variants import FITS, Error
 from benchmark.gild_td3_variants import Args as Variant
 from evaluate import InputError, command_line
 from gild_td3 import GILD, Actor, DemonstrationBuffer, gradient, make_env, step
@@ -52,7 +52,9 @@ def clone_distance(gild, demonstrations: DemonstrationBuffer, args: Variant, upd
     actor = Actor(demonstrations.obs.shape[1], demonstrations.actions.shape[1])
     optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     for _ in range(updates):
-        step(optimizer, actor, clone_gradient(actor, gild, demonstrations.sample(args.batch_size)))
+        demo_obs, demo_action = demonstrations.sample(args.batch_size)
+        loss = gild(demo_obs, demo_action, actor(demo_obs)).mean()
+        step(optimizer, actor, gradient(loss, dict(actor.named_parameters())))
     with torch.no_grad():
         return (actor(demonstrations.obs) - demonstrations.actions).pow(2).mean().item()
 

@@ -7,8 +7,6 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
                           in Eq. (7), tanh(w (Q(phi') - Q(phi_hat))) in Eq. (8)
     --rl-weight ramped    the same, but w grows to that over the first 40,000 iterations, the time constant of
                           Q's level
-    --clone-steps N       the actor starts as a clone, after N updates on L_GILD alone, and collects the
-                          first transitions itself, instead of random actions
     --clone-labels        half of the pairs that the actor imitates are states of D with the clone's action
     --release R           how lambda ends: at once after the warm start (drop), linearly to 0 over the run
                           (linear), by the training returns (returns), or never
@@ -20,7 +18,6 @@ is what the flags change; w = min(1, beta / mean |Q|), and lambda is 1 until imi
                           imitation error itself (error), which makes the run RL+IL
     --gild-fit F          where f is fitted to the imitation error at first: at the demonstrations, as in
                           gild_td3.py, or at differences a - a_d of every size (differences)
-    --critic-norm         LayerNorm before each ReLU of the critic
     --meta-critic q2      Q1 and Q2 learn from disjoint halves of D; Q1 trains the actor, Q2 judges in Eq. (8)
 
     python -m benchmark.gild_td3_variants --rl-weight capped --clone-steps 20000 --release returns
@@ -61,6 +58,7 @@ from gild_td3 import (
     Critic,
     act,
     actor_gradient,
+    clone,
     fit_imitation,
     gradient,
     il_loss,
@@ -76,7 +74,6 @@ from gild_td3 import (
 class Args(gild_td3.Args):
     exp_name: str = Path(__file__).stem  # name of this experiment
     rl_weight: Literal["one", "capped", "ramped"] = "one"  # weight of L_RL in Eq. (7): 1, or w
-    clone_steps: int = 0  # updates on L_GILD alone before the first step
     clone_labels: bool = False  # imitate the clone in states of D as well
     release: Literal["drop", "linear", "returns", "never"] = "drop"  # how the weight of L_GILD ends
     release_bar: float = 1.0  # by returns: share of the clone's return above which lambda falls
@@ -84,28 +81,12 @@ class Args(gild_td3.Args):
     omega: Literal["learned", "frozen", "flipped", "random"] = "learned"  # direction of omega's step
     gild_form: Literal["network", "weight", "error"] = "network"  # what f is
     gild_fit: Literal["demonstrations", "differences"] = "demonstrations"  # where f's first fit is made
-    critic_norm: bool = False  # LayerNorm in the critic
     meta_critic: Literal["q1", "q2"] = "q1"  # the critic in Eq. (8)
 
     def __post_init__(self):
-        clones, self.clone_steps = self.clone_steps, max(self.clone_steps, 1)  # 0 is allowed
         super().__post_init__()
-        self.clone_steps = clones
-        if self.clone_labels and not clones:
+        if self.clone_labels and self.clone_steps == 0:
             raise InputError("--clone-labels needs a clone: --clone-steps 20000")
-
-
-class NormCritic(Critic):
-    """A LayerNorm before each ReLU bounds what Q makes of actions that D does not have."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int = 256):
-        super().__init__(obs_dim, action_dim)
-        for net in (self.net1, self.net2):
-            net.insert(1, torch.nn.LayerNorm(hidden))
-            net.insert(4, torch.nn.LayerNorm(hidden))
-
-
-CRITICS = {False: Critic, True: NormCritic}  # by --critic-norm
 
 
 class WeightedError(torch.nn.Module):
@@ -231,12 +212,6 @@ def critic_gradient(critic, target_critic, target_actor, batch, own, args):
     return gradient(loss, dict(critic.named_parameters())), {k: value.detach() for k, value in log.items()}
 
 
-def clone_gradient(actor, gild, demo):
-    """The gradient of L_GILD alone, Eq. (7) without L_RL."""
-    demo_obs, demo_action = demo
-    return gradient(gild(demo_obs, demo_action, actor(demo_obs)).mean(), dict(actor.named_parameters()))
-
-
 def ramp(iteration: int, args) -> float:
     """The factor of w: grows to 1 in the time constant with which Q, through its targets, finds its level."""
     share = iteration * args.tau * (1 - args.gamma) / args.policy_frequency
@@ -336,13 +311,13 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = CRITICS[args.critic_norm](obs_dim, action_dim).to(device)
-    target_actor, target_critic, clone = deepcopy(actor), deepcopy(critic), deepcopy(actor)
+    critic = Critic(obs_dim, action_dim, args.critic_norm).to(device)
+    target_actor, target_critic, cloned = deepcopy(actor), deepcopy(critic), deepcopy(actor)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     parts = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
     parts |= {"critic": critic, "target_critic": target_critic, "critic_optimizer": critic_optimizer}
-    parts |= {"clone": clone, "buffer": buffer}
+    parts |= {"clone": cloned, "buffer": buffer}
     parts |= {"release": (release := Release(args)), "scale": (scale := GradientScale())}
     forms = {"network": lambda: GILD(obs_dim, action_dim), "weight": lambda: WeightedError(demonstrations)}
     gild = forms.get(args.gild_form, Error)().to(device)
@@ -357,23 +332,21 @@ def train(args: Args) -> Path:
         writer.add_scalar("losses/gild_fit", FITS[args.gild_fit](gild, demonstrations), 0)
 
     update_critic, update_actor, update_gild = critic_gradient, actor_gradient, gild_gradients
-    update_clone = clone_gradient
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the gradients with the losses
         torch._inductor.config.fallback_random = True  # the random numbers of a run without --compile
-        functions = update_critic, update_actor, update_gild, update_clone
-        update_critic, update_actor, update_gild, update_clone = map(torch.compile, functions)
+        functions = update_critic, update_actor, update_gild
+        update_critic, update_actor, update_gild = map(torch.compile, functions)
 
     def save_policy(global_step):
         returns = evaluate(act, actor, eval_env, args.eval_episodes, seed=args.seed + 100)
         policy = {"actor": actor.state_dict(), "script": "benchmark.gild_td3_variants"}
         save_evaluation(run_dir, writer, args, global_step, returns, evaluations, policy)
 
-    if args.clone_steps and last_step == 0:
-        for _ in tqdm(range(args.clone_steps), unit=" clone updates", disable=None):
-            step(actor_optimizer, actor, update_clone(actor, gild, demonstrations.sample(args.batch_size)))
+    if args.clone_steps > 0 and last_step == 0:
+        clone(actor, demonstrations, args)
         target_actor.load_state_dict(actor.state_dict())
-        clone.load_state_dict(actor.state_dict())
+        cloned.load_state_dict(actor.state_dict())
         evaluations[1:] = []  # of a run killed before its first checkpoint
         save_policy(0)
 
@@ -382,7 +355,7 @@ def train(args: Args) -> Path:
         # ALGO LOGIC: act
         if ended:
             obs, _ = env.reset()
-        if global_step <= args.learning_starts and not args.clone_steps:
+        if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
             noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)
@@ -407,7 +380,7 @@ def train(args: Args) -> Path:
                 if release.value > 0:
                     demo = demonstrations.sample(args.batch_size)
                     if args.clone_labels:
-                        demo = with_labels(demo, batch[0], clone)
+                        demo = with_labels(demo, batch[0], cloned)
                     val_obs = buffer.sample(args.batch_size)[0]
                     lam = torch.tensor(release.value, device=device)
                     grown = torch.tensor(ramp(iteration, args), device=device)

@@ -14,7 +14,7 @@ from tests.conftest import ALGORITHMS, ROOT
 
 FORMS = "gild_{}.py", "baselines/{}.py", "baselines/{}_il.py"
 SCRIPTS = [form.format(algorithm) for form in FORMS for algorithm in ALGORITHMS]
-LONGEST = {"gild_ddpg.py": 390, "gild_td3.py": 410, "gild_sac.py": 450}  # lines before PLUMBING
+LONGEST = {"gild_ddpg.py": 405, "gild_td3.py": 415, "gild_sac.py": 450}  # lines before PLUMBING
 
 
 def algorithm_part(script):
@@ -42,7 +42,7 @@ for _a in ALGORITHMS:
 for _form in FORMS:
     _ddpg, _td3, _sac = (_form.format(_a) for _a in ALGORITHMS)
     critics = {"Args", "train", "Critic", "critic_loss", "rl_loss", "meta_loss", "critic_gradient"}
-    samples = {"Actor", "act", "il_loss", "actor_gradient", "gild_gradients"}  # SAC's policy is stochastic
+    samples = {"Actor", "act", "il_loss", "actor_gradient", "gild_gradients", "clone"}  # SAC's are stochastic
     DIFFERENT[_ddpg, _td3], DIFFERENT[_td3, _sac] = critics, critics | samples
 EVERYWHERE = {"mlp", "gradient", "step", "update_target"}
 
@@ -138,6 +138,7 @@ def lines_of(script):
 CHANGED = ["learning_rate: float", "batch_size: int", '"""Eq. (2): L_RL', "return -critic", "loss = rl_loss("]
 CHANGED += ["return (alpha * log_prob - q)", "loss, log_prob = rl_loss(", "noise = torch.randn_like("]
 CHANGED += ["phi_grad, actor_log = update_actor(", "phi_grad, log_prob, actor_log = update_actor("]
+CHANGED += ["if global_step <= args.learning_starts"]
 GILD_CHANGED = ["from dataclasses import", "update_critic, update_actor = ", "policy = {"]
 IL_CHANGED = ["def actor_gradient(", '"""The gradient of Eq. (2)', "return gradient(loss", 'log = {"losses']
 
