@@ -20,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -387,9 +388,18 @@ class Batch:
         self.added += 1
         self.choose()
 
-    def clone_step(self):
-        gradient, _ = self.il_gradient(self.nets["actor"], self.sample_demo())
-        self.step("actor", gradient)
+    def clone(self):
+        """What gild_td3.clone does, for all runs."""
+
+        def update():
+            gradient, _ = self.il_gradient(self.nets["actor"], self.sample_demo())
+            self.step("actor", gradient)
+
+        update = self.captured(update)
+        for _ in range(self.args.clone_steps):
+            update()
+        self.forget(self.optimizers["actor"])
+        self.reset_targets()
 
     def captured(self, function):
         """On a GPU `function` as a CUDA graph; what its first calls and the capture did is undone."""
@@ -423,8 +433,12 @@ def shared(*shape, dtype=np.float32) -> np.ndarray:
     return np.frombuffer(multiprocessing.RawArray("b", size), dtype).reshape(shape)
 
 
-def end_with_parent():
-    """Ends this process once its parent has ended, even if that was killed."""
+def be_child():
+    """SIGTERM ends this process at once, and so does the end of its parent, even if that was killed.
+
+    The parent's handler, which Python runs later, would miss a signal that comes just before a wait.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch(parent):
         while os.getppid() == parent:
@@ -463,7 +477,7 @@ class Environments:
             process.start()
 
     def work(self, number: int, share: dict):
-        end_with_parent()
+        be_child()
         envs = {slot: make_env(args, training=True) for slot, args in share.items()}
         returns = self.last_return
         for slot, env in envs.items():
@@ -514,7 +528,7 @@ def rollouts(actor, args) -> tuple[np.ndarray, np.ndarray]:
 
 def evaluate_policies(learners: list[Learner], demos: list[tuple], policies, rows):
     """A process: takes (slot, policy, row) from one queue, evaluates, and puts (slot, row) into the other."""
-    end_with_parent()
+    be_child()
     for slot, parameters, row in iter(policies.get, None):
         args, (demo_obs, demo_actions) = learners[slot].args, demos[slot]
         actor = Actor(demo_obs.shape[1], demo_actions.shape[1])
@@ -548,7 +562,7 @@ def train(learners: list[Learner], processes: int, args: Args):
     demos = [(one.obs, one.actions) for one in demonstrations]
     keys = [(one.args.env_id, one.args.seed, fit_of(one)) for one in learners]
     jobs = {key: (one.args, key[2]) for key, one in zip(keys, learners, strict=True)}
-    with FORK.Pool(processes) as pool:
+    with FORK.Pool(processes, be_child) as pool:
         weights = dict(zip(jobs, pool.starmap(first_weights, jobs.values(), 1), strict=True))
     policies, rows, tables = FORK.Queue(), FORK.Queue(), [[] for _ in learners]
     policies.cancel_join_thread()  # after a failure do not wait until all have been taken
@@ -594,16 +608,12 @@ def train(learners: list[Learner], processes: int, args: Args):
     evaluations = range(common.eval_frequency, common.total_timesteps, common.eval_frequency)
     evaluations = {*evaluations, common.total_timesteps}
     if common.clone_steps:
-        clone_step = batch.captured(batch.clone_step)
-        for _ in range(common.clone_steps):
-            clone_step()
-        batch.forget(batch.optimizers["actor"])
-        batch.reset_targets()
+        batch.clone()
         batch.choose()
         evaluations.add(0)
         save_policies(0)
     for global_step in range(1, common.total_timesteps + 1):
-        if global_step <= common.learning_starts and not common.clone_steps:
+        if global_step <= common.learning_starts and common.clone_steps == 0:
             envs.action[:] = rng.uniform(-1, 1, envs.action.shape)
         else:
             envs.action[:] = batch.action.numpy(force=True)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("ddpg", "td3", "sac")
 FLAGS = """--env-id Point2D-v0 --total-timesteps 1500 --learning-starts 200 --batch-size 32 --ws-frac 0.4
 --gild-init random --eval-frequency 250 --eval-episodes 2 --checkpoint-frequency 1 --buffer-size 1200
---no-cuda"""
+--clone-steps 20 --critic-norm --no-cuda"""
 
 # a server that has imported the scripts forks each run: no kill is wasted on a run's imports
 methods = multiprocessing.get_all_start_methods()

@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from copy import deepcopy
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +18,9 @@ import torch
 
 from baselines.common import evaluate, make_env
 from benchmark import batched, report
-from benchmark.gild_td3_variants import CRITICS, omega_direction
+from benchmark.gild_td3_variants import omega_direction
 from benchmark.sweep import load_study, runs_of, seconds_per_step
-from gild_td3 import GILD, Actor, Args, act
+from gild_td3 import GILD, Actor, Args, Critic, act, clone
 from tests.conftest import ROOT
 
 CAPPED = "benchmark.gild_td3_variants --gild-init random --rl-weight capped --il-beta 0.5"
@@ -103,8 +105,7 @@ def made(path):
 
 
 def script_learner(one, start):
-    critic = CRITICS[one.args.critic_norm]
-    nets = {"actor": Actor(2, 2), "critic": critic(2, 2), "gild": GILD(2, 2)}
+    nets = {"actor": Actor(2, 2), "critic": Critic(2, 2, one.args.critic_norm), "gild": GILD(2, 2)}
     nets = {name: net.double() for name, net in nets.items()}
     for name, net in nets.items():
         net.load_state_dict({k: torch.from_numpy(p) for k, p in start[name].items()})
@@ -136,6 +137,29 @@ def script_update(one, nets, optimizers, transitions, demo, val_obs, follows_f):
     script.step(optimizers["actor"], actor, phi_grad)
     for name in ("actor", "critic"):
         script.update_target(nets[f"target_{name}"], nets[name], args.tau)
+
+
+def test_a_clone_is_the_scripts(tmp_path):
+    """As gild_td3.clone makes it from the same demonstrations; the actor's Adam then starts anew."""
+    runs = {"gild": "gild_td3 --clone-steps 5", "il": "baselines.td3_il --clone-steps 5"}
+    learners = made(study(tmp_path, runs, flags="--learning-rate 1e-3"))
+    weights, demos = [batched.first_weights(one.args) for one in learners], [torch.rand(50, 2)] * 2
+    batch = batched.Batch(learners, weights, [demos] * 2, torch.device("cpu"), compile=False)
+    samples, sample_demo = [], batch.sample_demo
+    batch.sample_demo = lambda: samples.append(sample_demo()) or samples[-1]
+    batch.clone()
+    assert len(samples) == 5
+    for slot, one in enumerate(learners):
+        _, nets, _ = script_learner(one, weights[slot])
+        pairs = iter([[side[slot] for side in sample] for sample in samples])
+        demonstrations = SimpleNamespace(sample=lambda size, pairs=pairs: next(pairs))
+        clone(nets["actor"].float(), demonstrations, one.args)
+        for key, parameter in nets["actor"].named_parameters():
+            for name in ("actor", "target_actor"):
+                torch.testing.assert_close(batch.nets[name][key][slot], parameter)
+    assert not any(
+        value.any() for state in batch.optimizers["actor"].state.values() for value in state.values()
+    )
 
 
 def test_a_random_direction_has_the_meta_gradients_length(tmp_path):
@@ -240,6 +264,23 @@ def test_nothing_outlives_a_study_that_is_killed(tmp_path):
             time.sleep(0.1)
 
 
+def test_sigterm_ends_a_child_whatever_its_parent_does(tmp_path):
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        envs = batched.Environments(made(study(tmp_path, {"td3": "baselines.td3"})), 2, 2, processes=1)
+        envs.finish()  # it has started
+        with batched.FORK.Pool(1, batched.be_child) as pool:
+            assert pool.apply(signal.getsignal, (signal.SIGTERM,)) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    (process,) = envs.processes
+    process.terminate()
+    process.join(20)
+    exitcode = process.exitcode
+    process.kill()
+    assert exitcode == -signal.SIGTERM
+
+
 def test_environments_give_what_the_scripts_would(tmp_path):
     """Transitions and episodes of two runs in two processes, against one loop over an environment."""
     learners = made(study(tmp_path, {"td3": "baselines.td3", "il": "baselines.td3_il"}))
@@ -294,7 +335,10 @@ def test_a_minibatch_has_rows_that_were_stored(tmp_path):
         ("benchmark.gild_td3_variants --gild-form weight", "it has flags that batches do not know"),
         ("benchmark.gild_td3_variants --rl-weight ramped", "it has flags that batches do not know"),
         ("gild_td3 --gild-weight-decay 1e-4", "it has flags that batches do not know"),
-        ("benchmark.gild_td3_variants --ws-frac 0 --clone-steps 9", "it has flags that batches do not know"),
+        (
+            "benchmark.gild_td3_variants --clone-steps 9 --clone-labels",
+            "it has flags that batches do not know",
+        ),
         ("gild_td3 --buffer-size 90", "--total-timesteps 100 exceeds --buffer-size 90"),
     ],
 )

@@ -154,7 +154,7 @@ class Run:
     algorithm: str
     args: Any
     warm_start: int  # iterations
-    start: dict  # the checkpoint before the first iteration
+    start: dict  # a checkpoint with the first weights
     end: dict  # the checkpoint after the last one
     events: list  # ("step" | "replay" | "demonstrations" | "noise", tensors), in order, up to `end`
 
@@ -228,7 +228,8 @@ def recorded_run(method, algorithm, folder, warm_start=11, **changes) -> Run:
     settings = settings_for(script, **changes)
     with float64(), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        start = load(script.train(script.Args(**settings, total_timesteps=starts, checkpoint_frequency=1)))
+        first = settings | ({"clone_steps": 0} if "clone_steps" in settings else {})
+        start = load(script.train(script.Args(**first, total_timesteps=starts, checkpoint_frequency=1)))
         events = record(script, monkeypatch)
         args = script.Args(**settings, total_timesteps=total, checkpoint_frequency=starts + 15)
         end = load(script.train(args))
@@ -246,8 +247,15 @@ def run(request, tmp_path_factory):
 
 
 def mlp(params, x):
-    w1, b1, w2, b2, w3, b3 = params
-    return ((x @ w1.T + b1).relu() @ w2.T + b2).relu() @ w3.T + b3
+    size = len(params) // 2 - 1  # parameters of a hidden layer: 2, or 4 with LayerNorm
+    for i in (0, size):
+        w, b, *norm = params[i : i + size]
+        x = x @ w.T + b
+        if norm:
+            variance = x.var(-1, correction=0, keepdim=True)
+            x = (x - x.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt() * norm[0] + norm[1]
+        x = x.relu()
+    return x @ params[-2].T + params[-1]
 
 
 def gaussian(phi, obs):
@@ -292,6 +300,10 @@ class Reference:
             for kind in ("replay", "demonstrations", "noise")
         }
         self.actor, self.critic = (parameters(part(run.start, name)) for name in ("actor", "critic"))
+        clone_adam = Adam(self.args.learning_rate)
+        for _ in range(getattr(self.args, "clone_steps", 0)):
+            demo = self.next("demonstrations")
+            self.actor = clone_adam.step(self.actor, grad(self.il_loss)(self.actor, *demo))
         self.target_actor, self.target_critic = self.actor, self.critic
         self.actor_adam, self.critic_adam, self.alpha_adam = (Adam(self.args.learning_rate) for _ in range(3))
         self.alpha = 0.0
@@ -316,7 +328,9 @@ class Reference:
         return torch.tanh(u), log_density(normal, u)
 
     def q_values(self, theta, obs, action):
-        return [mlp(theta[i : i + 6], torch.cat([obs, action], 1)) for i in range(0, len(theta), 6)]
+        size = len(theta) if self.run.algorithm == "ddpg" else len(theta) // 2
+        obs_action = torch.cat([obs, action], 1)
+        return [mlp(theta[i : i + size], obs_action) for i in range(0, len(theta), size)]
 
     def q(self, theta, obs, action):
         """The Q that the actor maximises: TD3's first, SAC's smaller one."""
@@ -430,6 +444,14 @@ def test_loop_with_intuitive_meta_loss(algorithm, tmp_path):
     assert_equals_reference(run)
 
 
+@pytest.mark.parametrize(("method", "algorithm"), SCRIPTS, ids=map("_".join, SCRIPTS))
+def test_loop_from_a_clone_with_norms(method, algorithm, tmp_path):
+    """--clone-steps, where there are demonstrations, and --critic-norm."""
+    run = recorded_run(method, algorithm, tmp_path, clone_steps=9, critic_norm=True)
+    assert len(part(run.start, "critic")) == (20 if algorithm != "ddpg" else 10)
+    assert_equals_reference(run)
+
+
 # THE REST OF THE LOOP
 
 
@@ -520,10 +542,13 @@ def assert_uniform(counts):
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
 
 
-def test_exploration(script, tmp_path, monkeypatch):
-    """Uniform actions at first, then the policy's with Gaussian noise; no noise during evaluation."""
+@pytest.mark.parametrize("clone_steps", [0, 3])
+def test_exploration(script, clone_steps, tmp_path, monkeypatch):
+    """Uniform actions at first, or a clone's, then the policy's with Gaussian noise; none in evaluations."""
+    random_steps = 40 if clone_steps == 0 or not hasattr(script.Args, "clone_steps") else 0
     seen = observed_environments(script, monkeypatch)
     changes = {"env_id": "Wide-v0", "learning_starts": 40, "learning_rate": 0.0, "exploration_noise": 0.2}
+    changes["clone_steps"] = clone_steps
     settings = settings_for(script, **changes, demo_path=demonstrations(tmp_path, "Wide-v0", 2, 100))
     run_dir = script.train(script.Args(**settings, total_timesteps=80))
     phi = parameters(torch.load(run_dir / "policy.pt", weights_only=True)["actor"])
@@ -532,8 +557,10 @@ def test_exploration(script, tmp_path, monkeypatch):
         for training in (True, False)
     )
 
-    assert len(action) == 80 and (action[:40].abs().amax(1) > 0.9).all()
-    assert_uniform(torch.histc(action[:40], 20, -1, 1))
+    assert len(action) == 80
+    if random_steps:
+        assert (action[:40].abs().amax(1) > 0.9).all()
+        assert_uniform(torch.histc(action[:40], 20, -1, 1))
     if "sac" in script.__name__:  # Gaussian before the tanh
         action, eval_action = action.atanh(), eval_action.atanh()
         mean, std, eval_mean = (
@@ -544,12 +571,12 @@ def test_exploration(script, tmp_path, monkeypatch):
     else:
         mean, std, eval_mean = mlp(phi, obs).tanh(), torch.full((80, 1), 0.2), mlp(phi, eval_obs).tanh()
     torch.testing.assert_close(eval_action, eval_mean, rtol=0, atol=1e-4)
-    noise = ((action - mean) / std)[40:]
-    # 4,000 independent standard normal numbers; the bounds are more than four standard errors
-    assert abs(noise.mean()) < 0.07 and abs(noise.std() - 1) < 0.05
-    assert abs((noise.abs() < 1).float().mean() - 0.683) < 0.035
-    for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
-        assert abs((a * b).mean()) < 0.07
+    for noise in ((action - mean) / std)[random_steps:].split(40):
+        # 4,000 independent standard normal numbers; the bounds are more than four standard errors
+        assert abs(noise.mean()) < 0.07 and abs(noise.std() - 1) < 0.05
+        assert abs((noise.abs() < 1).float().mean() - 0.683) < 0.035
+        for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+            assert abs((a * b).mean()) < 0.07
 
 
 def test_replay_buffer_is_sampled_uniformly(script):

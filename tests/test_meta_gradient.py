@@ -8,19 +8,21 @@ from torch.func import functional_call, grad, vmap
 OBS_DIM, ACTION_DIM = 4, 2
 
 
-def small_mlp(inputs, outputs):
-    return nn.Sequential(nn.Linear(inputs, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, outputs))
+def small_mlp(inputs, outputs, norm=False):
+    layers = nn.Linear(inputs, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 5), nn.LayerNorm(5), nn.ReLU()
+    layers = [layer for layer in layers if norm or not isinstance(layer, nn.LayerNorm)]
+    return nn.Sequential(*layers, nn.Linear(5, outputs))
 
 
 class Problem:
     """Networks and batches in float64, and L_meta(phi'(omega)) written out anew from the paper."""
 
-    def __init__(self, script, algorithm, batch_size, lr, seed=0):
+    def __init__(self, script, algorithm, batch_size, lr, seed=0, norm=False):
         torch.manual_seed(seed)
         torch.set_default_dtype(torch.float64)
         self.script, self.sac, self.lr, self.beta = script, algorithm == "sac", lr, 1.5
         self.alpha = 0.2
-        self.actor, self.critic = script.Actor(OBS_DIM, ACTION_DIM), script.Critic(OBS_DIM, ACTION_DIM)
+        self.actor, self.critic = script.Actor(OBS_DIM, ACTION_DIM), script.Critic(OBS_DIM, ACTION_DIM, norm)
         self.gild = script.GILD(OBS_DIM, ACTION_DIM)
         self.obs, self.demo_obs, self.val_obs = torch.randn(3, batch_size, OBS_DIM)
         self.demo_action = torch.rand(batch_size, ACTION_DIM) * 1.8 - 0.9
@@ -86,10 +88,11 @@ class Problem:
         return -torch.tanh(gain - self.value(pseudo, self.val_obs, self.noise[2]).detach()).mean()
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kind", ["gain", "intuitive"])
-def test_every_coordinate_by_finite_differences(gild_script, algorithm, kind, monkeypatch):
+def test_every_coordinate_by_finite_differences(gild_script, algorithm, kind, norm, monkeypatch):
     monkeypatch.setattr(gild_script, "mlp", small_mlp)
-    problem = Problem(gild_script, algorithm, batch_size=16, lr=0.3)
+    problem = Problem(gild_script, algorithm, batch_size=16, lr=0.3, norm=norm)
     _, omega_grad, *_ = problem.gradients(kind)
     found = torch.cat([g.flatten() for g in omega_grad.values()])
     assert found.abs().max() > 1e-5
