@@ -72,6 +72,7 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions per update
     learning_starts: int = 10_000  # steps with random actions before the first update
+    critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     exploration_noise: float = 0.1  # std of the exploration noise (actions are in [-1, 1])
 
     meta_lr: float = 1e-3  # learning rate of omega
@@ -86,8 +87,10 @@ class Args:
 # ALGO LOGIC: networks
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
-    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
@@ -105,9 +108,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """theta: the action value Q: (N, |S|), (N, |A|) -> (N, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, norm: bool = False):
         super().__init__()
-        self.net = mlp(obs_dim + action_dim, 1)
+        self.net = mlp(obs_dim + action_dim, 1, norm=norm)
 
     def forward(self, obs, action):
         return self.net(torch.cat([obs, action], 1))
@@ -248,7 +251,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = Critic(obs_dim, action_dim).to(device)
+    critic = Critic(obs_dim, action_dim, args.critic_norm).to(device)
     target_actor, target_critic = deepcopy(actor), deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)

@@ -75,6 +75,7 @@ class Args:
     tau: float = 0.005  # Polyak averaging rate of the target networks
     batch_size: int = 256  # N: transitions per update
     learning_starts: int = 10_000  # steps with random actions before the first update
+    critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned
     autotune: bool | None = None  # tune alpha to the entropy -|A|; None: except Hopper, HalfCheetah, Point2D
 
@@ -90,16 +91,19 @@ class Args:
 # ALGO LOGIC: networks
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 256) -> nn.Sequential:
-    layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
 def xavier(network: nn.Sequential) -> nn.Sequential:
     """Xavier-uniform weights and zero biases, as in pranz24's SAC, which the paper builds on."""
-    for layer in network[::2]:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return network
 
 
@@ -130,10 +134,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """theta: twin action values Q1, Q2: (N, |S|), (N, |A|) -> (N, 1), (N, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, norm: bool = False):
         super().__init__()
-        self.net1 = xavier(mlp(obs_dim + action_dim, 1))
-        self.net2 = xavier(mlp(obs_dim + action_dim, 1))
+        self.net1 = xavier(mlp(obs_dim + action_dim, 1, norm=norm))
+        self.net2 = xavier(mlp(obs_dim + action_dim, 1, norm=norm))
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], 1)
@@ -283,7 +287,7 @@ def train(args: Args) -> Path:
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor = Actor(obs_dim, action_dim).to(device)
-    critic = Critic(obs_dim, action_dim).to(device)
+    critic = Critic(obs_dim, action_dim, args.critic_norm).to(device)
     target_critic = deepcopy(critic)
     log_alpha = nn.Parameter(torch.tensor(args.alpha, device=device).log())
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)

@@ -328,7 +328,7 @@ class Reference:
         return torch.tanh(u), log_density(normal, u)
 
     def q_values(self, theta, obs, action):
-        size = len(theta) if self.run.algorithm == "ddpg" else len(theta) // 2
+        size = 6 if len(theta) in (6, 12) else 10  # parameters of one network, 10 with LayerNorm
         obs_action = torch.cat([obs, action], 1)
         return [mlp(theta[i : i + size], obs_action) for i in range(0, len(theta), size)]
 
@@ -642,3 +642,13 @@ def test_sac_tunes_its_temperature_by_task(script, env_id, tuned, tmp_path):
     checkpoint = load(script.train(script.Args(**settings, total_timesteps=90, checkpoint_frequency=1)))
     (log_alpha,) = parameters(part(checkpoint, "log_alpha"))
     assert (abs(log_alpha.exp() - 0.3) > 1e-3) == tuned
+
+
+@pytest.mark.parametrize("name", ["diffail", *(f"meta_critic_{algorithm}" for algorithm in ALGORITHMS)])
+def test_other_baselines_have_norms_too(name, tmp_path):
+    script = import_module(f"baselines.{name}")
+    settings = settings_for(script, demo_path=demonstrations(tmp_path, "Near-v0"), critic_norm=True)
+    run_dir = script.train(script.Args(**settings, total_timesteps=230, checkpoint_frequency=1))
+    shapes = [list(weights.shape) for weights in part(load(run_dir), "critic").values()]
+    layers = [[256, 4], [256], [256], [256], [256, 256], [256], [256], [256], [1, 256], [1]]
+    assert shapes == layers * (1 if name.endswith("ddpg") else 2)

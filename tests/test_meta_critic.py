@@ -95,7 +95,7 @@ class MetaCriticReference(Reference):
 # THE META-GRADIENT
 
 
-def small_mlp(inputs, outputs, hidden=None):
+def small_mlp(inputs, outputs, hidden=None, norm=False):
     return nn.Sequential(nn.Linear(inputs, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, outputs))
 
 
