@@ -3,8 +3,10 @@
 Deng, Zheng, He, Weng, Shao: "Enhancing Online Reinforcement Learning with Meta-Learned Objective from
 Offline Data", AAAI 2025. Imitating sub-optimal demonstrations finds the first rewards, but later holds the
 policy back. GILD replaces the imitation loss with a small network f_omega(s_d, a_d, a) and trains it so that
-an actor step on RL + GILD raises the critic's value more than one on RL + imitation. Unlike the paper's, f is
-first fitted to the imitation error, Adam's epsilon is large, and Eq. (8)'s sign is corrected (see README.md).
+an actor step on RL + GILD raises the critic's value more than one on RL + imitation.
+
+Departures from the paper (see README.md): f is first fitted to the imitation error, omega's Adam has a large
+epsilon, and Eq. (8)'s sign is corrected. --clone-steps and --critic-norm are additions, off by default.
 
     Eq. (2)        L_RL, the vanilla actor's loss             rl_loss
     Eq. (3)        L_IL, conventional imitation, and w_rl     il_loss, rl_weight
@@ -56,8 +58,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
-    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # losses in bfloat16, except in GILD's step; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -68,7 +70,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
+    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # alpha: learning rate of actor, critic and look-ahead
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -88,9 +90,9 @@ class Args:
     ws_frac: float = 0.01  # warm start: GILD only in the first ws_frac * total_timesteps critic updates
     gild_lr: float = 1e-4  # learning rate of omega
     gild_eps: float = 1e-3  # Adam's epsilon for omega, large so that small meta-gradients make small steps
-    gild_weight_decay: float = 0.0  # L2 penalty on omega; at 1e-4, the released code's, GILD collapses
-    gild_init: Literal["imitation", "random"] = "imitation"  # fit f to the imitation error first, or do not
-    meta_loss: Literal["gain", "intuitive"] = "gain"  # Eq. (8), or Table 2's: -Q after the GILD step alone
+    gild_weight_decay: float = 0.0  # L2 penalty on omega; the released code's 1e-4 makes GILD collapse
+    gild_init: Literal["imitation", "random"] = "imitation"  # f's start: fitted to the imitation error or not
+    meta_loss: Literal["gain", "intuitive"] = "gain"  # Eq. (8), or Table 2's ablation: -Q after the GILD step
 
     def __post_init__(self):
         check(self)
@@ -102,7 +104,8 @@ class Args:
 def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
     layers = []
     for width in (inputs, hidden):
-        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
+        layer_norm = [nn.LayerNorm(hidden)] if norm else []
+        layers += [nn.Linear(width, hidden), *layer_norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
@@ -171,15 +174,15 @@ def il_loss(action, demo_action):
 
 
 def rl_weight(q, il_beta):
-    """Eq. (3): w_rl = beta / mean |Q|, with a floor: with sparse rewards Q can stay near 0 for a long time.
+    """w_rl of Eqs. (3) and (6): beta / mean |Q|, with a floor, as sparse rewards can leave Q near 0 for long.
 
-    Q is the updated critic's at the actor's own actions, as in TD3+BC; `rl_loss` has already computed it.
+    The paper has Q(s, a); this Q is at the actor's own actions, as in TD3+BC. `rl_loss` has computed it.
     """
     return il_beta / q.detach().abs().mean().clamp(min=1e-6)
 
 
 def meta_loss(look_ahead, pseudo, actor, critic, val_obs, kind):
-    """Eq. (8): -mean tanh(Q(s, phi'(s)) - Q(s, phi_hat(s))), minus the gain of a GILD step over an IL step.
+    """Eq. (8): -mean tanh(Q(s, phi'(s)) - Q(s, phi_hat(s))), the negated gain of a GILD step over an IL step.
 
     The paper prints the opposite sign; minimised, that would make GILD worse than imitation.
     """
@@ -229,7 +232,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, args):
 
     # Eq. (7): the actor's gradient with GILD; the look-ahead, a plain step along it, is a function of omega
     gild_loss = gild(demo_obs, demo_action, action).mean()
-    action_grad = gradient(gild_loss, {"action": action}, create_graph=True)["action"]
+    (action_grad,) = torch.autograd.grad(gild_loss, action, create_graph=True)
     gild_grad = gradient(action, phi, grad_outputs=action_grad, create_graph=True)
     look_ahead = {k: phi[k].detach() - lr * (rl_grad[k] + gild_grad[k]) for k in phi}
 
@@ -268,7 +271,7 @@ def fit_imitation(gild, demonstrations, iterations=2_000, batch_size=256):
     """Fits f(s_d, a_d, a) to mean_j (a_j - a_d,j)^2, by regression. Returns the error of the last batch.
 
     Half of the actions are uniform over the box, half near a_d, where imitation needs the slope. A random f
-    would not imitate, nor learn to before the critic knows a reward: until then there is no meta-gradient.
+    does not imitate, and cannot learn to until the critic has seen rewards: the meta-gradient is tiny before.
     The weights of s_d stay at 0 here: the error does not depend on s_d, and large observations spoil the fit.
     """
     gild.net[0].weight.data[:, : demonstrations.obs.shape[1]] = 0
@@ -307,6 +310,9 @@ def act(actor, obs):
 def train(args: Args) -> Path:
     """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -315,9 +321,6 @@ def train(args: Args) -> Path:
         shipped = Path(__file__).parent / "demos" / f"{task_name(args.env_id)}-td3.npz"
         demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     env.action_space.seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
@@ -351,7 +354,7 @@ def train(args: Args) -> Path:
         functions = update_critic, update_actor, update_gild
         update_critic, update_actor, update_gild = map(torch.compile, functions)
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended, last_checkpoint, start_time, actor_log = last_step > 0, last_step, time.time(), {}
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -372,7 +375,7 @@ def train(args: Args) -> Path:
         iteration = global_step - args.learning_starts
         if iteration > 0:
             batch = buffer.sample(args.batch_size)
-            critic_grad, log = update_critic(critic, target_critic, target_actor, batch, args)
+            critic_grad, critic_log = update_critic(critic, target_critic, target_actor, batch, args)
             step(critic_optimizer, critic, critic_grad)
 
             if iteration % args.policy_frequency == 0:
@@ -386,12 +389,11 @@ def train(args: Args) -> Path:
                 else:
                     phi_grad, actor_log = update_actor(actor, critic, batch[0], args)
                 step(actor_optimizer, actor, phi_grad)
-                log |= actor_log
                 update_target(target_critic, critic, args.tau)
                 update_target(target_actor, actor, args.tau)
 
             if iteration % 100 == 0:
-                for name, value in log.items():
+                for name, value in (critic_log | actor_log).items():
                     writer.add_scalar(name, value.mean().item(), global_step)
                 sps = (global_step - last_step) / (time.time() - start_time)
                 writer.add_scalar("charts/SPS", int(sps), global_step)
@@ -406,6 +408,7 @@ def train(args: Args) -> Path:
             if received_signals:
                 break
     env.close()
+    eval_env.close()
     writer.close()
     return run_dir
 
@@ -442,16 +445,17 @@ def task_name(env_id: str) -> str:
 
 def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
     """The task, with actions in [-1, 1] whatever its own box; sparse for training unless --dense."""
-    task, kwargs = task_name(args.env_id), {"render_mode": render_mode} if render_mode else {}
+    env_id = "envs:Point2D-v0" if args.env_id == "Point2D-v0" else args.env_id
+    kwargs = {"render_mode": render_mode} if render_mode else {}
     if args.env_id == "Ant-v4":
         kwargs["use_contact_forces"] = True  # |S| = 111, as in the paper
-    if task == "Point2D" and training and args.dense:
+    if env_id == "envs:Point2D-v0" and training and args.dense:
         kwargs["reward"] = "dense"
     try:
-        env = gym.make("envs:Point2D-v0" if args.env_id == "Point2D-v0" else args.env_id, **kwargs)
+        env = gym.make(env_id, **kwargs)
     except (gym.error.Error, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--env-id {args.env_id}: {reason} (a module's tasks: module:Env-v0)") from None
+        raise InputError(f"--env-id {args.env_id}: {reason} (a task of your own: module:Env-v0)") from None
     spaces, box = (env.observation_space, env.action_space), env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     width = box.high - box.low if vectors and box.dtype.kind == "f" else np.zeros(1)
@@ -461,7 +465,9 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.TimeLimit(env, 1_000)
         if training:
             print(f"{args.env_id} has no time limit; episodes are cut at 1,000 steps", file=sys.stderr)
-    threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
+    threshold = args.sparse_threshold
+    if threshold is None:  # by the whole id: another module's Hopper keeps its own reward
+        threshold = SPARSE_THRESHOLDS.get(args.env_id.rsplit("-v", 1)[0])
     if training and not args.dense and threshold is not None:
         env = SparseReward(env, threshold)
 
@@ -569,7 +575,7 @@ def check(args):
     """Raises InputError if an argument is out of range or a package is missing."""
     for field in fields(args):
         name, value = field.name, getattr(args, field.name)
-        low = 1 if field.type is int and name not in ("seed", "learning_starts", "clone_steps") else 0
+        low = 1 if field.type is int and name not in ("seed", "clone_steps") else 0
         high = {"gamma": 1, "tau": 1, "ws_frac": 1, "torch_threads": 1_000}.get(name, 1e9)
         if type(value) in (int, float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
@@ -614,7 +620,7 @@ def start_run(args, parts: dict, generators: list):
         run_dir = Path(args.resume)
         last_step, evaluations = load_checkpoint(run_dir / "checkpoint.pt", parts, generators)
         if max(last_step, last_evaluation(run_dir)) >= args.total_timesteps:
-            raise InputError("nothing to do: the run has its steps already; raise --total-timesteps")
+            raise InputError("nothing to do: the run is complete; raise --total-timesteps to extend it")
     else:
         env_id = args.env_id.replace(":", "-").replace("/", "-")
         run_dir = Path(f"runs/{env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}")
@@ -655,6 +661,7 @@ def save(path: Path, data):
 def save_checkpoint(path: Path, parts: dict, generators: list, global_step: int, evaluations: list[str]):
     """Saves a run's whole state between two episodes, when there is no simulator state to save."""
     networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    # -inf is not refused: it is SAC's log_alpha with --alpha 0
     if not all((weight < torch.inf).all() for network in networks for weight in network.parameters()):
         raise FloatingPointError(f"a network is not finite at step {global_step}; {path} is older")
     state = {name: part.state_dict() for name, part in parts.items()}
@@ -694,7 +701,7 @@ received_signals = []
 
 
 def stop_after_episode(number, frame):
-    """Signal handler: the run ends with its episode and leaves a checkpoint. A second signal ends it now."""
+    """Signal handler: the run ends with its episode and leaves a checkpoint. The same again ends it now."""
     received_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
     print("stopping after this episode; Ctrl-C again stops at once", file=sys.stderr)

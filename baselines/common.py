@@ -55,16 +55,17 @@ def task_name(env_id: str) -> str:
 
 def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
     """The task, with actions in [-1, 1] whatever its own box; sparse for training unless --dense."""
-    task, kwargs = task_name(args.env_id), {"render_mode": render_mode} if render_mode else {}
+    env_id = "envs:Point2D-v0" if args.env_id == "Point2D-v0" else args.env_id
+    kwargs = {"render_mode": render_mode} if render_mode else {}
     if args.env_id == "Ant-v4":
         kwargs["use_contact_forces"] = True  # |S| = 111, as in the paper
-    if task == "Point2D" and training and args.dense:
+    if env_id == "envs:Point2D-v0" and training and args.dense:
         kwargs["reward"] = "dense"
     try:
-        env = gym.make("envs:Point2D-v0" if args.env_id == "Point2D-v0" else args.env_id, **kwargs)
+        env = gym.make(env_id, **kwargs)
     except (gym.error.Error, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--env-id {args.env_id}: {reason} (a module's tasks: module:Env-v0)") from None
+        raise InputError(f"--env-id {args.env_id}: {reason} (a task of your own: module:Env-v0)") from None
     spaces, box = (env.observation_space, env.action_space), env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     width = box.high - box.low if vectors and box.dtype.kind == "f" else np.zeros(1)
@@ -74,7 +75,9 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.TimeLimit(env, 1_000)
         if training:
             print(f"{args.env_id} has no time limit; episodes are cut at 1,000 steps", file=sys.stderr)
-    threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
+    threshold = args.sparse_threshold
+    if threshold is None:  # by the whole id: another module's Hopper keeps its own reward
+        threshold = SPARSE_THRESHOLDS.get(args.env_id.rsplit("-v", 1)[0])
     if training and not args.dense and threshold is not None:
         env = SparseReward(env, threshold)
 
@@ -182,7 +185,7 @@ def check(args):
     """Raises InputError if an argument is out of range or a package is missing."""
     for field in fields(args):
         name, value = field.name, getattr(args, field.name)
-        low = 1 if field.type is int and name not in ("seed", "learning_starts", "clone_steps") else 0
+        low = 1 if field.type is int and name not in ("seed", "clone_steps") else 0
         high = {"gamma": 1, "tau": 1, "ws_frac": 1, "torch_threads": 1_000}.get(name, 1e9)
         if type(value) in (int, float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
@@ -227,7 +230,7 @@ def start_run(args, parts: dict, generators: list):
         run_dir = Path(args.resume)
         last_step, evaluations = load_checkpoint(run_dir / "checkpoint.pt", parts, generators)
         if max(last_step, last_evaluation(run_dir)) >= args.total_timesteps:
-            raise InputError("nothing to do: the run has its steps already; raise --total-timesteps")
+            raise InputError("nothing to do: the run is complete; raise --total-timesteps to extend it")
     else:
         env_id = args.env_id.replace(":", "-").replace("/", "-")
         run_dir = Path(f"runs/{env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}")
@@ -268,6 +271,7 @@ def save(path: Path, data):
 def save_checkpoint(path: Path, parts: dict, generators: list, global_step: int, evaluations: list[str]):
     """Saves a run's whole state between two episodes, when there is no simulator state to save."""
     networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    # -inf is not refused: it is SAC's log_alpha with --alpha 0
     if not all((weight < torch.inf).all() for network in networks for weight in network.parameters()):
         raise FloatingPointError(f"a network is not finite at step {global_step}; {path} is older")
     state = {name: part.state_dict() for name, part in parts.items()}
@@ -307,7 +311,7 @@ received_signals = []
 
 
 def stop_after_episode(number, frame):
-    """Signal handler: the run ends with its episode and leaves a checkpoint. A second signal ends it now."""
+    """Signal handler: the run ends with its episode and leaves a checkpoint. The same again ends it now."""
     received_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
     print("stopping after this episode; Ctrl-C again stops at once", file=sys.stderr)

@@ -64,7 +64,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
+    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
     total_timesteps: int = 30_000_000  # environment steps of the run
     num_steps: int = 20_000  # environment steps per rollout
     gamma: float = 0.99  # discount factor
@@ -276,6 +276,9 @@ def act(actor, obs, explore=False):
 def train(args: Args) -> Path:
     """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -283,9 +286,6 @@ def train(args: Args) -> Path:
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
     demo_obs, demo_action = demonstrations.obs.double(), demonstrations.actions.double()
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random]
     rollout = ReplayBuffer(args.num_steps, obs_dim, action_dim, device)  # the next one overwrites it
@@ -355,6 +355,7 @@ def train(args: Args) -> Path:
             if received_signals:
                 break
     env.close()
+    eval_env.close()
     writer.close()
     return run_dir
 

@@ -52,8 +52,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
-    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # losses in bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -64,7 +64,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
+    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # eta: learning rate of actor, critic and look-ahead
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -93,7 +93,8 @@ class Args:
 def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
     layers = []
     for width in (inputs, hidden):
-        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
+        layer_norm = [nn.LayerNorm(hidden)] if norm else []
+        layers += [nn.Linear(width, hidden), *layer_norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
@@ -248,13 +249,13 @@ def act(actor, obs):
 def train(args: Args) -> Path:
     """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     env.action_space.seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
@@ -282,7 +283,7 @@ def train(args: Args) -> Path:
         torch._inductor.config.fallback_random = True  # the random numbers of a run without --compile
         update_critic, update_actor = map(torch.compile, (update_critic, update_actor))
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended, last_checkpoint, start_time, actor_log = last_step > 0, last_step, time.time(), {}
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -303,7 +304,7 @@ def train(args: Args) -> Path:
         iteration = global_step - args.learning_starts
         if iteration > 0:
             batch = buffer.sample(args.batch_size)
-            critic_grad, log = update_critic(critic, target_critic, target_actor, batch, args)
+            critic_grad, critic_log = update_critic(critic, target_critic, target_actor, batch, args)
             step(critic_optimizer, critic, critic_grad)
 
             if iteration % args.policy_frequency == 0:
@@ -313,12 +314,11 @@ def train(args: Args) -> Path:
                 )
                 step(meta_optimizer, meta_critic, omega_grad)
                 step(actor_optimizer, actor, phi_grad)
-                log |= actor_log
                 update_target(target_critic, critic, args.tau)
                 update_target(target_actor, actor, args.tau)
 
             if iteration % 100 == 0:
-                for name, value in log.items():
+                for name, value in (critic_log | actor_log).items():
                     writer.add_scalar(name, value.mean().item(), global_step)
                 sps = (global_step - last_step) / (time.time() - start_time)
                 writer.add_scalar("charts/SPS", int(sps), global_step)
@@ -333,6 +333,7 @@ def train(args: Args) -> Path:
             if received_signals:
                 break
     env.close()
+    eval_env.close()
     writer.close()
     return run_dir
 

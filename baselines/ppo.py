@@ -58,7 +58,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
+    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
     total_timesteps: int = 30_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor and critic
     anneal_lr: bool = True  # lower it linearly, to 0 after --total-timesteps
@@ -195,6 +195,9 @@ class Statistics:
 def train(args: Args) -> Path:
     """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     env = obs_normalizer = gym.wrappers.NormalizeObservation(env)
     obs_normalizer.obs_rms = RunningMeanStd(shape=env.observation_space.shape)  # in float64; its own: float32
@@ -204,9 +207,6 @@ def train(args: Args) -> Path:
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random]
     rollout = ReplayBuffer(args.num_steps, obs_dim, action_dim, device)  # the next one overwrites it
@@ -274,6 +274,7 @@ def train(args: Args) -> Path:
             if received_signals:
                 break
     env.close()
+    eval_env.close()
     writer.close()
     return run_dir
 

@@ -43,8 +43,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
-    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # losses in bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -55,7 +55,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
+    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor, critic and temperature
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -64,7 +64,7 @@ class Args:
     batch_size: int = 256  # N: transitions per update
     learning_starts: int = 10_000  # steps with random actions before the first update
     critic_norm: bool = False  # LayerNorm before each ReLU of the critic
-    alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned
+    alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned (0 stays 0)
     autotune: bool | None = None  # tune alpha to the entropy -|A|; None: except Hopper, HalfCheetah, Point2D
 
     def __post_init__(self):
@@ -77,7 +77,8 @@ class Args:
 def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
     layers = []
     for width in (inputs, hidden):
-        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
+        layer_norm = [nn.LayerNorm(hidden)] if norm else []
+        layers += [nn.Linear(width, hidden), *layer_norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
@@ -195,15 +196,15 @@ def act(actor, obs, explore=False):
 def train(args: Args) -> Path:
     """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     fixed = task_name(args.env_id) in ("Hopper", "HalfCheetah", "Point2D")
     autotune = not fixed if args.autotune is None else args.autotune
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
     env.action_space.seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random]
@@ -277,6 +278,7 @@ def train(args: Args) -> Path:
             if received_signals:
                 break
     env.close()
+    eval_env.close()
     writer.close()
     return run_dir
 

@@ -43,8 +43,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates; starts slowly, needs PyTorch 2.11 and a C++ compiler
-    bf16: bool = False  # bfloat16 losses (never GILD's); slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch 2.11 and a C++ compiler
+    bf16: bool = False  # losses in bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -55,7 +55,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # reward only beyond this x, in metres; None: the paper's, by task
+    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor and critic
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -83,7 +83,8 @@ class Args:
 def mlp(inputs: int, outputs: int, hidden: int = 256, norm: bool = False) -> nn.Sequential:
     layers = []
     for width in (inputs, hidden):
-        layers += [nn.Linear(width, hidden), *[nn.LayerNorm(hidden)] * norm, nn.ReLU()]
+        layer_norm = [nn.LayerNorm(hidden)] if norm else []
+        layers += [nn.Linear(width, hidden), *layer_norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
@@ -141,9 +142,9 @@ def il_loss(action, demo_action):
 
 
 def rl_weight(q, il_beta):
-    """Eq. (3): w_rl = beta / mean |Q|, with a floor: with sparse rewards Q can stay near 0 for a long time.
+    """w_rl of Eqs. (3) and (6): beta / mean |Q|, with a floor, as sparse rewards can leave Q near 0 for long.
 
-    Q is the updated critic's at the actor's own actions, as in TD3+BC; `rl_loss` has already computed it.
+    The paper has Q(s, a); this Q is at the actor's own actions, as in TD3+BC. `rl_loss` has computed it.
     """
     return il_beta / q.detach().abs().mean().clamp(min=1e-6)
 
@@ -205,15 +206,15 @@ def act(actor, obs):
 def train(args: Args) -> Path:
     """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     shipped = Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-td3.npz"
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     env.action_space.seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
@@ -239,7 +240,7 @@ def train(args: Args) -> Path:
         torch._inductor.config.fallback_random = True  # the random numbers of a run without --compile
         update_critic, update_actor = map(torch.compile, (update_critic, update_actor))
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended, last_checkpoint, start_time, actor_log = last_step > 0, last_step, time.time(), {}
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -260,19 +261,18 @@ def train(args: Args) -> Path:
         iteration = global_step - args.learning_starts
         if iteration > 0:
             batch = buffer.sample(args.batch_size)
-            critic_grad, log = update_critic(critic, target_critic, target_actor, batch, args)
+            critic_grad, critic_log = update_critic(critic, target_critic, target_actor, batch, args)
             step(critic_optimizer, critic, critic_grad)
 
             if iteration % args.policy_frequency == 0:
                 demo = demonstrations.sample(args.batch_size)
                 phi_grad, actor_log = update_actor(actor, critic, batch[0], demo, args)
                 step(actor_optimizer, actor, phi_grad)
-                log |= actor_log
                 update_target(target_critic, critic, args.tau)
                 update_target(target_actor, actor, args.tau)
 
             if iteration % 100 == 0:
-                for name, value in log.items():
+                for name, value in (critic_log | actor_log).items():
                     writer.add_scalar(name, value.mean().item(), global_step)
                 sps = (global_step - last_step) / (time.time() - start_time)
                 writer.add_scalar("charts/SPS", int(sps), global_step)
@@ -287,6 +287,7 @@ def train(args: Args) -> Path:
             if received_signals:
                 break
     env.close()
+    eval_env.close()
     writer.close()
     return run_dir
 

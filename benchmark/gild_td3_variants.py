@@ -250,7 +250,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, lam, args, grown=1.0
     pseudo = {k: phi[k].detach() - lr * (w_pseudo * rl_grad[k] + lam * il_grad[k]) for k in phi}
 
     # Eq. (7)
-    action_grad = gradient(gild_loss, {"action": action}, create_graph=True)["action"]
+    (action_grad,) = torch.autograd.grad(gild_loss, action, create_graph=True)
     gild_grad = gradient(action, phi, grad_outputs=action_grad, create_graph=True)
     look_ahead = {k: phi[k].detach() - lr * (w_rl * rl_grad[k] + lam * gild_grad[k]) for k in phi}
 
@@ -296,15 +296,15 @@ def scaled(omega_grad, scale: GradientScale):
 def train(args: Args) -> Path:
     """Runs the training, or with args.resume the rest of it. Returns the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args, training=True), stats_key="run")
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     shipped = Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-td3.npz"
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     env.action_space.seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
@@ -350,7 +350,7 @@ def train(args: Args) -> Path:
         evaluations[1:] = []  # of a run killed before its first checkpoint
         save_policy(0)
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended, last_checkpoint, start_time, actor_log = last_step > 0, last_step, time.time(), {}
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -373,7 +373,7 @@ def train(args: Args) -> Path:
         iteration = global_step - args.learning_starts
         if iteration > 0:
             batch, own = sample_halves(buffer, args.batch_size)
-            critic_grad, log = update_critic(critic, target_critic, target_actor, batch, own, args)
+            critic_grad, critic_log = update_critic(critic, target_critic, target_actor, batch, own, args)
             step(critic_optimizer, critic, critic_grad)
 
             if iteration % args.policy_frequency == 0:
@@ -395,12 +395,11 @@ def train(args: Args) -> Path:
                 else:
                     phi_grad, actor_log = update_actor(actor, critic, batch[0], args)
                 step(actor_optimizer, actor, phi_grad)
-                log |= actor_log
                 update_target(target_critic, critic, args.tau)
                 update_target(target_actor, actor, args.tau)
 
             if iteration % 100 == 0:
-                for name, value in log.items():
+                for name, value in (critic_log | actor_log).items():
                     writer.add_scalar(name, value.mean().item(), global_step)
                 sps = (global_step - last_step) / (time.time() - start_time)
                 writer.add_scalar("charts/SPS", int(sps), global_step)
@@ -414,6 +413,7 @@ def train(args: Args) -> Path:
             if received_signals:
                 break
     env.close()
+    eval_env.close()
     writer.close()
     return run_dir
 

@@ -1,6 +1,7 @@
 """Tasks that are not MuJoCo's: other action boxes, other habits of an environment's author."""
 
 import random
+from importlib import import_module
 from pathlib import Path
 
 import gymnasium as gym
@@ -11,9 +12,9 @@ from gymnasium.envs.registration import register
 
 import gild_td3
 from baselines import td3
-from baselines.common import InputError
+from baselines.common import InputError, SparseReward
 from demos.collect import save_demonstrations
-from tests.conftest import same, short_run
+from tests.conftest import ROOT, same, short_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's own advice on such tasks
 
@@ -24,6 +25,10 @@ EDGES = {  # bounds that float32 arithmetic steps over: the box and its dtype
     "double": (-0.1, 0.1, np.float64),
     "wide": (-226.74268, 224.91557, np.float32),
 }
+SCRIPTS = [path.stem for path in ROOT.glob("gild_*.py")]
+SCRIPTS += [
+    f"baselines.{path.stem}" for path in (ROOT / "baselines").glob("[!_]*.py") if path.stem != "common"
+]
 HABITS = ["mutates arrays", "fills info", "random state", "global random", "no limit"]
 
 
@@ -84,6 +89,12 @@ def run(script, name, **changes):
     settings = dict(total_timesteps=225, learning_starts=200, checkpoint_frequency=1, eval_frequency=100)
     short_run(script, env_id=f"Walk-{name}-v0", **(settings | changes))
     return torch.load(newest(name) / "checkpoint.pt", weights_only=True)
+
+
+def has_wrapper(env, wrapper):
+    while isinstance(env, gym.Wrapper) and not isinstance(env, wrapper):
+        env = env.env
+    return isinstance(env, wrapper)
 
 
 def newest(name):
@@ -178,6 +189,47 @@ def test_every_generator_is_saved(name):
     assert whole["random"] == resumed["random"] and whole["evaluations"] == resumed["evaluations"]
     assert torch.equal(whole["buffer"]["rows"], resumed["buffer"]["rows"])
     assert same(whole["actor"], resumed["actor"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_task_is_made_from_the_seed(name, monkeypatch):
+    """It may draw from the global generators in its __init__."""
+    script = import_module(name)
+
+    class Made(Exception):
+        pass
+
+    def make_env(*args, **kwargs):
+        raise Made(random.random(), np.random.rand(), torch.rand(()).item())
+
+    def draws(state, seed):
+        random.seed(state), np.random.seed(state), torch.manual_seed(state)
+        with pytest.raises(Made) as made:
+            script.train(script.Args(seed=seed, cuda=False))
+        return made.value.args
+
+    monkeypatch.setattr(script, "make_env", make_env)
+    assert draws(1, seed=3) == draws(2, seed=3)
+    assert not set(draws(1, seed=3)) & set(draws(1, seed=4))
+
+
+def test_a_name_alone_makes_no_task_sparse():
+    """Another module's Hopper keeps its own reward, and its Point2D its own arguments."""
+    names = "Hopper-v0", "Point2D-v9"
+    try:
+        for name in names:
+            register(name, entry_point=Walk, max_episode_steps=25, kwargs={"habit": "fills info"})
+            for dense in (False, True):
+                args = td3.Args(env_id=f"{__name__}:{name}", dense=dense)
+                env = td3.make_env(args, training=True)
+                assert not has_wrapper(env, SparseReward)
+                env.reset(seed=0)
+                assert sum(env.step(np.float32([1, 0.6]))[1] for _ in range(4)) == 3
+    finally:
+        for name in names:
+            gym.registry.pop(name, None)
+    hopper = td3.make_env(td3.Args(env_id="Hopper-v4"), training=True)
+    assert has_wrapper(hopper, SparseReward)
 
 
 def test_a_task_without_time_limit_gets_one(capsys):

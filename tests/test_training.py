@@ -74,6 +74,14 @@ def scalars(name):
     return [event.value for event in EventAccumulator(str(run_dir)).Reload().Scalars(name)]
 
 
+@pytest.mark.parametrize("policy_frequency", [2, 7])  # 7: the actor rests where the logs are written
+def test_the_newest_actor_update_is_logged(policy_frequency):
+    short_run(gild_td3, ws_frac=0.7, total_timesteps=500, policy_frequency=policy_frequency)
+    assert len(scalars("losses/qf_loss")) == len(scalars("losses/actor_loss")) == 3
+    assert all(np.isfinite(scalars("losses/actor_loss")))
+    assert len(scalars("losses/meta_loss")) == 3  # 0.7 * 500 > 300 iterations
+
+
 @pytest.mark.parametrize("settings", ["released", "default"])
 def test_the_released_settings_collapse_and_the_defaults_do_not(settings, monkeypatch):
     """As released, omega shrinks while Q is silent, f becomes the constant ln 2 and its slope dies."""
