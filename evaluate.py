@@ -89,8 +89,8 @@ def import_script(name: str, file: Path, folder: Path):
 
 
 def load_policy(path: Path, script: Path | None = None, env_id: str | None = None):
-    """The actor in a policy file, the script that wrote it (a module), its run's Args, and its step."""
-    path = Path(path)
+    """The actor of a policy file or a run, the script that wrote it (a module), its Args, and its step."""
+    path = Path(path, "policy.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise InputError(f"there is no {path}; a run writes policy.pt at its first evaluation")
     try:
@@ -204,10 +204,9 @@ def video(path: Path, env: gym.Env):
 
 
 def main(args: Args):
-    path = args.policy / "policy.pt" if args.policy.is_dir() else args.policy
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # what matters is reported in one line
-        actor, script, run, _ = load_policy(path, args.script, args.env_id)
+        actor, script, run, _ = load_policy(args.policy, args.script, args.env_id)
         if args.render or args.video:
             env = make_renderable(script, run, "rgb_array" if args.video else "human")
         else:

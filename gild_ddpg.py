@@ -59,7 +59,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch 2.11 and a C++ compiler
-    bf16: bool = False  # losses in bfloat16, except in GILD's step; slower on a CPU without bf16 instructions
+    bf16: bool = False  # losses in bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -205,7 +205,7 @@ def actor_gradient(actor, critic, obs, args):
 
 
 def gild_gradients(actor, critic, gild, obs, demo, val_obs, args):
-    """Lines 6 to 9 of Algorithm 1; no parameter is changed. `demo` is (s_d, a_d).
+    """Lines 6 to 9 of Algorithm 1, in float32 despite --bf16; changes no parameter. `demo` is (s_d, a_d).
 
     Returns the gradients w.r.t. phi (Eq. 7) and omega (Eq. 10), as dicts by name, and values to log.
     """
@@ -445,7 +445,9 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
         env = gym.make(env_id, **kwargs)
     except (gym.error.Error, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--env-id {args.env_id}: {reason} (a task of your own: module:Env-v0)") from None
+        raise InputError(
+            f"--env-id {args.env_id}: {reason} (your own: module:Env-v0, on PYTHONPATH)"
+        ) from None
     spaces, box = (env.observation_space, env.action_space), env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     width = box.high - box.low if vectors and box.dtype.kind == "f" else np.zeros(1)
@@ -454,7 +456,7 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 1_000)
         if training:
-            print(f"{args.env_id} has no time limit; episodes are cut at 1,000 steps", file=sys.stderr)
+            print(f"{args.env_id} registers no max_episode_steps; episodes are cut at 1,000", file=sys.stderr)
     threshold = args.sparse_threshold
     if threshold is None:  # by the whole id: another module's Hopper keeps its own reward
         threshold = SPARSE_THRESHOLDS.get(args.env_id.rsplit("-v", 1)[0])
@@ -514,7 +516,9 @@ class DemonstrationBuffer:
         shapes = [pairs + env.observation_space.shape, pairs + box.shape]
         if task != task_name(env_id):
             raise InputError(f"{path} has demonstrations of {task}, not {task_name(env_id)}")
-        if pairs == (0,) or [obs.shape, actions.shape] != shapes:
+        if pairs == (0,):
+            raise InputError(f"{path} holds no pairs")
+        if [obs.shape, actions.shape] != shapes:
             raise InputError(f"{path}: the shapes are {obs.shape} and {actions.shape}, not {shapes}")
         low, high = np.float64(box.low), np.float64(box.high)
         finite = np.isfinite(obs).all(1) & np.isfinite(actions).all(1)
@@ -552,13 +556,13 @@ def save_evaluation(run_dir: Path, writer, args, global_step: int, returns, eval
     mean, std = returns.mean(), returns.std()
     writer.add_scalar("eval/return_mean", mean, global_step)
     writer.add_scalar("eval/return_std", std, global_step)
-    tqdm.write(f"step {global_step:>9,}   return {mean:8.1f} ± {std:.1f}")
     policy |= {"global_step": global_step, "args": asdict(args)}
     save(run_dir / "policy.pt", policy)
     if args.keep_policies:
         save(run_dir / "policies" / f"{global_step}.pt", policy)
     evaluations.append(f"{global_step},{mean},{std}")
     save(run_dir / "evaluations.csv", "\n".join(evaluations) + "\n")
+    tqdm.write(f"step {global_step:>9,}   return {mean:8.1f} ± {std:.1f}")
 
 
 def check(args):
@@ -578,7 +582,7 @@ def check(args):
 
 
 def command_line(Args):
-    """The arguments; --resume takes them from the run, and only its length and tracking may be changed."""
+    """The arguments. --resume takes the run's; only its length, tracking and --demo-path may be changed."""
     args = tyro.cli(Args)
     if args.resume is None:
         return args
@@ -589,7 +593,8 @@ def command_line(Args):
             raise ValueError("it lacks some of its arguments")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {args.resume}: not a run of this script ({error})") from None
-    args, free = tyro.cli(Args, default=run), ("resume", "total_timesteps", "track", "wandb_project_name")
+    args = tyro.cli(Args, default=run)
+    free = "resume", "total_timesteps", "demo_path", "track", "wandb_project_name"
     for name, old in vars(run).items():
         if name not in free and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
@@ -624,7 +629,9 @@ def start_run(args, parts: dict, generators: list):
         project, name = args.wandb_project_name, run_dir.resolve().name
         wandb.init(project=project, id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
     if args.total_timesteps <= args.learning_starts:
-        print("no update will be made: --total-timesteps does not exceed --learning-starts", file=sys.stderr)
+        print(
+            f"no update will be made: the first comes after {args.learning_starts:,} steps", file=sys.stderr
+        )
     device = next(parts["actor"].parameters()).device
     resumed = f", resumed from step {last_step:,}" if args.resume else ""
     print(f"{run_dir} on {device}{resumed}", flush=True)
@@ -645,7 +652,8 @@ def save(path: Path, data):
     except (OSError, RuntimeError) as error:  # PyTorch raises its own on top of the file system's
         if temporary.exists():
             temporary.unlink()
-        raise InputError(f"{path} could not be written: {error.__context__ or error}") from None
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path} could not be written: {cause}") from None
 
 
 def save_checkpoint(path: Path, parts: dict, generators: list, global_step: int, evaluations: list[str]):

@@ -492,10 +492,7 @@ class Args:
 
 
 def main(args: Args):
-    path = Path(args.study)
-    if path.suffix != ".toml":
-        path = Path("benchmark/studies", f"{path}.toml")
-    study = load_study(path if path.exists() else ROOT / path)
+    study = load_study(args.study)
     baseline = args.baseline or study.baseline
     for what, names, allowed in (
         ("variant", [baseline], study.variants),
@@ -507,7 +504,7 @@ def main(args: Args):
                 raise InputError(f"{study.name} has no {what} {name!r}, only {', '.join(allowed)}")
     runs = load(study, args.results)
     if not runs:
-        raise InputError(f"{study.name} has no results yet: python -m benchmark.sweep {path}")
+        raise InputError(f"{study.name} has no results yet: python -m benchmark.sweep {args.study}")
     sections = {
         "Mean ± std over seeds [95 % interval of the mean, t; of three seeds or more]": score_table(
             study, runs

@@ -35,6 +35,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ ASSUMED_SPEED = 100  # environment steps per second, where no result says otherw
 
 @dataclass
 class Args:
-    study: tyro.conf.Positional[Path]  # a TOML file
+    study: tyro.conf.Positional[Path]  # a TOML file, or the name of one in benchmark/studies
     jobs: int | None = None  # runs at a time, each of one thread; None: one per CPU core
     address: str | None = None  # a Ray cluster to run on, such as auto or 10.0.0.1:6379; None: this machine
     local_disk: bool = False  # train in each node's temporary folder even where runs/ can be reached
@@ -138,6 +139,8 @@ def seed_list(path, seeds) -> list[int]:
 def load_study(path: Path) -> Study:
     """Reads a study's TOML file. Whatever is misspelt in it ends in an InputError."""
     path = Path(path)
+    if not path.is_file() and (ours := ROOT / "benchmark" / "studies" / f"{path}.toml").is_file():
+        path = ours
     if not path.is_file():
         studies = ", ".join(sorted(path.stem for path in (ROOT / "benchmark" / "studies").glob("*.toml")))
         raise InputError(f"there is no study {path}; benchmark/studies has {studies}")
@@ -149,7 +152,13 @@ def load_study(path: Path) -> Study:
     for key in ("seeds", "tasks", "variants"):
         if not toml.get(key):
             raise InputError(f"{path} has no {key}")
+    for key in ("tasks", "variants"):
+        if type(toml[key]) is not dict:
+            raise InputError(f"{path}: {key} is not a table, [{key}]")
     tasks, variants = toml["tasks"], {}
+    names = [task_name(env_id) for env_id in tasks]
+    if twice := [env_id for env_id in tasks if names.count(task_name(env_id)) > 1]:
+        raise InputError(f"{path}: {' and '.join(twice)} would share their results' names; make two studies")
 
     def check_steps(what, steps):
         if type(steps) is not int:
@@ -305,6 +314,11 @@ def measure(run_dir: Path, total_timesteps: int, stopped=lambda: False) -> tuple
     rows = [COLUMNS.split(",")]
     for row in csv.DictReader((run_dir / "evaluations.csv").read_text().splitlines()):
         step, distance = int(row["global_step"]), nan
+
+        def logged(name, step=step):  # losses are logged at every 100th iteration
+            values = scalars.get(name, {})
+            return values.get(max((at for at in values if step - 100 < at <= step), default=None), nan)
+
         if stopped():
             return None
         if step > total_timesteps:  # the run was extended since
@@ -316,11 +330,14 @@ def measure(run_dir: Path, total_timesteps: int, stopped=lambda: False) -> tuple
             distance = np.square(actions - demonstrations.actions.numpy()).mean()
         sparse_return = evaluate(script.act, actor, env, args.eval_episodes, seed=args.seed + 100).mean()
         numbers = [float(row["return_mean"]), float(row["return_std"])]
-        numbers += [scalars.get("losses/qf1_values", {}).get(step, nan), sparse_return, distance]
+        numbers += [logged("losses/qf1_values"), sparse_return, distance]
         numbers += [min((error for at, error in errors.items() if at <= step), default=nan)]
         numbers += [sum(end <= step for end in rewarded)]
-        numbers += [scalars.get("losses/gild_loss", {}).get(step, nan)]
-        numbers += [scalars.get("losses/gild_action_grad_norm", {}).get(step, nan), seconds.get(step, nan)]
+        numbers += [
+            logged("losses/gild_loss"),
+            logged("losses/gild_action_grad_norm"),
+            seconds.get(step, nan),
+        ]
         rows.append([step, *(f"{number:.6g}" for number in numbers)])
     env.close()
     text = io.StringIO()
@@ -665,11 +682,11 @@ def main(args: Args):
     for name, reason in failed.items():
         print(f"{name} failed: {reason}", file=sys.stderr)
     if received_signals:
-        print(f"to resume: python -m benchmark.sweep {' '.join(sys.argv[1:])}")
+        print(f"to resume: python -m benchmark.sweep {shlex.join(sys.argv[1:])}")
         sys.exit(128 + received_signals[0])
     if failed:
         sys.exit(1)
-    print(f"tables and figures: python -m benchmark.report {study.name}")
+    print(f"tables and figures: python -m benchmark.report {args.study}")
 
 
 if __name__ == "__main__":

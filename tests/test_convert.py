@@ -199,7 +199,7 @@ UNFIT = {
     "narrow": (np.zeros((5, 3)), "are 2 + 2 wide"),
     "flat": (np.zeros(4), "are 2 + 2 wide"),
     "a cube": (np.zeros((5, 4, 4)), "are 2 + 2 wide"),
-    "no pairs": (np.zeros((0, 4)), "(0, 2)"),
+    "no pairs": (np.zeros((0, 4)), "holds no pairs"),
     "nan": (spoiled(0, np.nan), "rows.npy: pair 3 is not finite"),
     "infinite": (spoiled(1, np.inf), "rows.npy: pair 3 is not finite"),
     "nan action": (spoiled(3, np.nan), "rows.npy: pair 3 is not finite"),

@@ -75,6 +75,7 @@ LINE = {
     "--demo-path pickled.npz": "pickled.npz",
     "--demo-path hopper.npz": "hopper.npz has demonstrations of Hopper, not Point2D",
     "--demo-path nan.npz": "nan.npz: pair 0 is not finite",
+    "--demo-path pairless.npz": "pairless.npz holds no pairs",
     "--demo-path outside.npz": "outside.npz: the action of pair 3 is 0.5 outside",
     "--env-id Walker2d-v4 --demo-path hopper.npz": "hopper.npz has demonstrations of Hopper, not Walker2d",
     "--resume runs/none": "runs/none",
@@ -132,6 +133,7 @@ def folder(tmp_path_factory):
     write_demonstrations(folder / "hopper.npz", "Hopper-v4", 11, 3)
     bad, far = np.full((8, 2), np.nan), np.zeros((8, 2))
     np.savez(folder / "nan.npz", observations=bad, actions=bad, **metadata)
+    np.savez(folder / "pairless.npz", observations=bad[:0], actions=bad[:0], **metadata)
     far[3] = 1.5
     np.savez(folder / "outside.npz", observations=far, actions=far, **metadata)
     return folder
@@ -175,6 +177,19 @@ def test_a_baseline_refuses_the_same_mistakes(folder, monkeypatch):
     assert code == 2 and "demonstrations of Hopper, not Point2D" in err
     code, _, err = call(script, "--resume", "whole")
     assert code == 2 and "whole: not a run of this script" in err
+
+
+def test_demonstrations_may_move():
+    """A run remembers the path that it was given, and another one can be given when it is resumed."""
+    first = write_demonstrations(Path("first.npz").absolute())
+    flags = "--ws-frac 1 --total-timesteps 260 --checkpoint-frequency 1 --demo-path first.npz"
+    assert call(gild_td3, *SHORT, *flags.split())[0] == 0
+    (run_dir,) = Path("runs").iterdir()
+    second = first.rename("second.npz")
+    code, _, err = call(gild_td3, "--resume", run_dir, "--total-timesteps", "300")
+    assert code == 2 and "first.npz" in err and err.endswith("set --demo-path\n")
+    assert call(gild_td3, "--resume", run_dir, "--total-timesteps", "300", "--demo-path", second)[0] == 0
+    assert (run_dir / "evaluations.csv").read_text().splitlines()[-1].startswith("300,")
 
 
 def test_a_run_of_another_script_is_not_resumed():
@@ -258,7 +273,7 @@ def test_a_task_without_a_position_refuses_a_threshold():
 def test_a_run_too_short_for_an_update_says_so_and_runs(tmp_path):
     code, out, err = call(gild_td3, *SHORT, "--total-timesteps", "256")
     assert code == 0 and len(list(tmp_path.glob("runs/*/policy.pt"))) == 1
-    assert err == "no update will be made: --total-timesteps does not exceed --learning-starts\n"
+    assert err == "no update will be made: the first comes after 256 steps\n"
     assert out.splitlines()[-1].startswith("step       256   return")
     assert "no update" not in call(gild_td3, *SHORT, "--total-timesteps", "257")[2]
 

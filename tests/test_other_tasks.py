@@ -235,7 +235,7 @@ def test_a_name_alone_makes_no_task_sparse():
 def test_a_task_without_time_limit_gets_one(capsys):
     run(td3, "no-limit", total_timesteps=1_001, learning_starts=1_001, eval_frequency=1_001, eval_episodes=1)
     err = capsys.readouterr().err
-    assert err.count("Walk-no-limit-v0 has no time limit; episodes are cut at 1,000 steps") == 1
+    assert err.count("Walk-no-limit-v0 registers no max_episode_steps; episodes are cut at 1,000") == 1
     env = td3.make_env(td3.Args(env_id="Walk-no-limit-v0"), training=False)
     env.reset(seed=0)
     ends = [env.step(np.zeros(2, np.float32))[3] for _ in range(1_000)]

@@ -301,7 +301,7 @@ def test_the_committed_results_are_readable(tmp_path):
         (["hopper", "--baseline", "td4"], "hopper has no variant 'td4', only td3,"),
         (
             ["hopper", "--results", "empty"],
-            "no results yet: python -m benchmark.sweep benchmark/studies/hopper.toml\n",
+            "no results yet: python -m benchmark.sweep hopper\n",
         ),
     ],
 )
