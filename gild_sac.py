@@ -597,16 +597,23 @@ def evaluate(act, actor, env: gym.Env, episodes: int, seed: int) -> np.ndarray:
 
 
 def save_evaluation(run_dir: Path, writer, args, global_step: int, returns, evaluations: list, policy: dict):
-    """Logs the returns, saves the policy, and adds a row to evaluations.csv."""
+    """Logs the returns, saves the policy, and adds a row to evaluations.csv.
+
+    A run that resumes from an earlier step keeps its newer rows and policy until it has got as far again.
+    """
     mean, std = returns.mean(), returns.std()
     writer.add_scalar("eval/return_mean", mean, global_step)
     writer.add_scalar("eval/return_std", std, global_step)
     policy |= {"global_step": global_step, "args": asdict(args)}
-    save(run_dir / "policy.pt", policy)
+    path = run_dir / "evaluations.csv"
+    rows = path.read_text().splitlines()[1:] if path.exists() else []
+    newer = [row for row in rows if int(row.split(",")[0]) > global_step]
+    if not newer:
+        save(run_dir / "policy.pt", policy)
     if args.keep_policies:
         save(run_dir / "policies" / f"{global_step}.pt", policy)
     evaluations.append(f"{global_step},{mean},{std}")
-    save(run_dir / "evaluations.csv", "\n".join(evaluations) + "\n")
+    save(path, "\n".join([*evaluations, *newer]) + "\n")
     tqdm.write(f"step {global_step:>9,}   return {mean:8.1f} ± {std:.1f}")
 
 

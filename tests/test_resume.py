@@ -117,6 +117,32 @@ def test_a_run_killed_before_its_first_episode_ends_starts_again(finished, monke
     assert not equal(state_of(resumed)["gild"], state_of(finished)["gild"])  # the fit makes a difference
 
 
+def test_an_extension_that_is_stopped_early_loses_nothing(finished, monkeypatch, tmp_path):
+    """The run was evaluated at 450, and an extension begins at 200 and is stopped after 270."""
+    path = shutil.copytree(finished, tmp_path / "runs" / finished.name)
+
+    def rows():
+        return (path / "evaluations.csv").read_text().splitlines()[1:]
+
+    def steps():
+        return [int(row.split(",")[0]) for row in rows()]
+
+    old_rows, old_policy = rows(), (path / "policy.pt").read_bytes()
+    early = {"global_step": 200, "evaluations": ["global_step,return_mean,return_std", *old_rows[:2]]}
+    torch.save(state_of(path) | early, path / "checkpoint.pt")
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    flags = f"--resume {path} --total-timesteps 900"
+    assert interrupted(gild_ddpg, monkeypatch, 270, stop, flags)[0] == 128 + signal.SIGTERM
+    assert steps() == [90, 180, 270, 360, 450] and rows()[3:] == old_rows[3:]
+    assert (path / "policy.pt").read_bytes() == old_policy
+    assert call(gild_ddpg, "--resume", path, "--total-timesteps", "540")[0] == 0
+    assert steps() == [90, 180, 270, 360, 450, 540]
+    assert torch.load(path / "policy.pt", weights_only=True)["global_step"] == 540
+
+
 def test_it_says_where_it_resumes(copy):
     assert call(gild_ddpg, "--resume", copy)[1].startswith(f"{copy} on cpu, resumed from step 400\n")
 
