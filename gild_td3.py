@@ -455,9 +455,7 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
         env = gym.make(env_id, **kwargs)
     except (gym.error.Error, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"--env-id {args.env_id}: {reason} (your own: module:Env-v0, on PYTHONPATH)"
-        ) from None
+        raise InputError(f"--env-id {args.env_id}: {reason} (your own: module:Env-v0)") from None
     spaces, box = (env.observation_space, env.action_space), env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     width = box.high - box.low if vectors and box.dtype.kind == "f" else np.zeros(1)
@@ -467,9 +465,8 @@ def make_env(args, training: bool, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.TimeLimit(env, 1_000)
         if training:
             print(f"{args.env_id} registers no max_episode_steps; episodes are cut at 1,000", file=sys.stderr)
-    threshold = args.sparse_threshold
-    if threshold is None:  # by the whole id: another module's Hopper keeps its own reward
-        threshold = SPARSE_THRESHOLDS.get(args.env_id.rsplit("-v", 1)[0])
+    task = args.env_id.rsplit("-v", 1)[0]  # with its module: another one's Hopper keeps its own reward
+    threshold = SPARSE_THRESHOLDS.get(task) if args.sparse_threshold is None else args.sparse_threshold
     if training and not args.dense and threshold is not None:
         env = SparseReward(env, threshold)
 
@@ -646,9 +643,7 @@ def start_run(args, parts: dict, generators: list):
         project, name = args.wandb_project_name, run_dir.resolve().name
         wandb.init(project=project, id=name, resume="allow", config=asdict(args), sync_tensorboard=True)
     if args.total_timesteps <= args.learning_starts:
-        print(
-            f"no update will be made: the first comes after {args.learning_starts:,} steps", file=sys.stderr
-        )
+        print(f"no update: the first comes after {args.learning_starts:,} steps", file=sys.stderr)
     device = next(parts["actor"].parameters()).device
     resumed = f", resumed from step {last_step:,}" if args.resume else ""
     print(f"{run_dir} on {device}{resumed}", flush=True)

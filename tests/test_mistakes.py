@@ -273,7 +273,7 @@ def test_a_task_without_a_position_refuses_a_threshold():
 def test_a_run_too_short_for_an_update_says_so_and_runs(tmp_path):
     code, out, err = call(gild_td3, *SHORT, "--total-timesteps", "256")
     assert code == 0 and len(list(tmp_path.glob("runs/*/policy.pt"))) == 1
-    assert err == "no update will be made: the first comes after 256 steps\n"
+    assert err == "no update: the first comes after 256 steps\n"
     assert out.splitlines()[-1].startswith("step       256   return")
     assert "no update" not in call(gild_td3, *SHORT, "--total-timesteps", "257")[2]
 
