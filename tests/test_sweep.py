@@ -96,14 +96,14 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
-def log(study, variant):
-    path = study.parent / "runs" / f"tiny-{variant}-Point2D-1.log"
-    return path.read_text() if path.exists() else ""
+def log(study, variant, runs="runs"):
+    paths = study.parent.glob(f"{runs}/tiny-{variant}-Point2D-1.log")
+    return "".join(path.read_text() for path in paths)
 
 
-def has_checkpoint(study, variant):
+def has_checkpoint(study, variant, runs="runs"):
     """Whether a run has written a checkpoint since its start (there is one at step 200, 400, ...)."""
-    return "step       300" in log(study, variant)
+    return "step       300" in log(study, variant, runs)
 
 
 def results(study):
@@ -111,9 +111,9 @@ def results(study):
     return {variant: rows(path.read_text()) for variant, path in paths.items()}
 
 
-def training_of(study, variant) -> int:
+def training_of(study, variant, runs="runs") -> int:
     """The process that trains a run: the child of the worker that its log names."""
-    worker = log(study, variant).split("process ")[-1].split()[0]
+    worker = log(study, variant, runs).split("process ")[-1].split()[0]
     (child,) = (ROOT / f"/proc/{worker}/task/{worker}/children").read_text().split()
     return int(child)
 
@@ -172,10 +172,13 @@ def test_a_study_that_is_stopped_and_started_again(study, expected):
     assert results(study) == expected
 
 
-def test_a_cluster_of_two_nodes_one_of_which_dies(study, expected):
+def test_a_cluster_of_two_nodes_one_of_which_dies(study, expected, monkeypatch):
     """The nodes train in folders of their own, so the survivor has to get the dead one's checkpoint."""
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("TMPDIR", str(study.parent))  # where those folders are
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # its sockets need a short path
+    local = "gild-*/runs"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         node = cluster.add_node(num_cpus=1)
@@ -184,12 +187,13 @@ def test_a_cluster_of_two_nodes_one_of_which_dies(study, expected):
 
         def both_are_held():
             for variant in VARIANTS - held.keys():
-                if "step       150" in log(study, variant):  # brought with the checkpoint of step 200
-                    held[variant] = training_of(study, variant)
+                if has_checkpoint(study, variant, local):
+                    held[variant] = training_of(study, variant, local)
                     os.kill(held[variant], signal.SIGSTOP)
             return len(held) == 2
 
         wait_for(both_are_held, process)
+        wait_for(lambda: all("step       150" in log(study, variant) for variant in VARIANTS), process)
         cluster.remove_node(node, allow_graceful=False)
         for child in held.values():
             os.kill(child, signal.SIGCONT)
