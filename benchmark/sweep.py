@@ -604,7 +604,7 @@ def list_runs(runs: list[Run], folder: Path, results: Path, jobs: int):
 
 
 def check_results(runs: list[Run], results: Path):
-    """Refuses to count a result that other arguments made."""
+    """Refuses to count a result that other arguments made, but for those that a machine is fast with."""
     for run in runs:
         path = result(results, run.study, run.variant, run.env_id, run.seed).with_suffix(".json")
         if not path.exists():
@@ -614,7 +614,7 @@ def check_results(runs: list[Run], results: Path):
             old = saved["args"].get(name, value)  # a flag may be newer than the result
             if name == "ws_frac":  # what counts is the warm start's length
                 old, value = (round(share * run.args["total_timesteps"]) for share in (old, value))
-            if name != "cuda" and old != value:
+            if name not in ("cuda", "compile", "bf16") and old != value:
                 raise InputError(f"{path} was made with {name} {old}, not {value}; rename the variant")
 
 

@@ -317,7 +317,7 @@ def test_results_of_other_arguments_are_refused(study):
         ({}, False),
         ({"gild_lr": 1e-5}, True),
         ({"total_timesteps": 800}, True),
-        ({"cuda": True}, False),
+        ({"cuda": True, "compile": True, "bf16": True}, False),
     ):
         sweep.write(path, json.dumps({"args": run.args | changes}).encode())
         if refused:
