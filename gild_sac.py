@@ -5,8 +5,8 @@ Offline Data", AAAI 2025. Imitating sub-optimal demonstrations finds the first r
 policy back. GILD replaces the imitation loss with a small network f_omega(s_d, a_d, a) and trains it so that
 an actor step on RL + GILD raises the critic's value more than one on RL + imitation.
 
-Departures from the paper (see README.md): f is first fitted to the imitation error, omega's Adam has a large
-epsilon, and Eq. (8)'s sign is corrected. --clone-steps and --critic-norm are additions, off by default.
+Departures (see README.md): f is first fitted to the imitation error, omega's Adam has a large epsilon, w_rl
+takes Q at phi(s), Eq. (8)'s sign is corrected. Additions, off by default: --clone-steps and --critic-norm.
 
     Eq. (2)        L_RL, the vanilla actor's loss             rl_loss
     Eq. (3)        L_IL, conventional imitation, and w_rl     il_loss, rl_weight

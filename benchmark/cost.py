@@ -136,7 +136,7 @@ def main(args: Args):
                 learners[learner].iterate(number, with_gild)
             wait()
             taken.append((time.perf_counter() - start) / args.iterations * 1e3)
-    print("| learner | vanilla, ms | with GILD, ms | ratio | a run with 1 % of GILD |")
+    print("| learner | vanilla, ms | with GILD, ms | ratio | a run with 1 % of GILD (vanilla: 1) |")
     print("|---|---|---|---|---|")
     for learner in learners:
         vanilla, with_gild = (times[learner, kind][1:] for kind in (False, True))  # the first warms up

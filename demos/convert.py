@@ -7,8 +7,8 @@
 
 A CSV may begin with a line of names. A file with any other suffix is read as a pickle of one NumPy array, as
 released with the paper; nothing else is ever unpickled. Minari is optional: pip install "minari[hdf5]". Its
-episodes have one more observation, after the last action: reading leaves it out, and writing repeats the last
-one, since the .npz has no other, as the dataset's description says.
+episodes have one more observation, after the last action: reading drops it, and writing repeats the last one
+there is, as the dataset's description says.
 """
 
 import json

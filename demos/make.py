@@ -51,7 +51,7 @@ class Args:
     expert: bool = False  # train to the end first, and take the run's own best evaluation for the Expert's
     seed: int = 1  # seed of the training
     total_timesteps: int = 1_000_000  # environment steps of the training, at most
-    compile: bool = False  # compile the training's updates: a fifth faster, with different rounding
+    compile: bool = False  # compile the training's updates: faster, with different rounding
     out: Path = FOLDER  # folder for <task>-<algo>.npz and policies/<task>-<algo>.pt
 
 
