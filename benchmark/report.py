@@ -2,10 +2,10 @@
 
     python -m benchmark.report headline
 
-Prints Markdown and draws benchmark/figures/NAME.png and .svg: the learning curves. If two variants have a run
-on every task it adds NAME-scores (interquartile mean and performance profile over tasks, after Agarwal et
-al., NeurIPS 2021), and if three differ in --ws-frac alone NAME-warm-start (the layout of the paper's Figure 5).
-Unfinished studies are reported as far as they are.
+Prints Markdown and draws benchmark/figures/NAME.png and .svg: the learning curves. If two variants have a
+run on every task it adds NAME-scores (interquartile mean and performance profile over tasks, after Agarwal
+et al., NeurIPS 2021), and if three differ in --ws-frac alone NAME-warm-start (the layout of the paper's
+Figure 5). Unfinished studies are reported as far as they are.
 """
 
 import json
