@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 from importlib import import_module
@@ -12,6 +13,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("ddpg", "td3", "sac")
+
+for name in ("CI", "BUILD_NUMBER"):  # with these, pytest spends many minutes on how two large files differ
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(params=ALGORITHMS)

@@ -157,18 +157,36 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_file_comes_again_from_its_policy(name, tmp_path):
-    """Byte for byte; an episode depends on its seed only, so that of most files the first one will do."""
-    task = name.split("-")[0]
-    shipped, again = ROOT / "demos" / f"{name}.npz", tmp_path / "again.npz"
-    pairs = PAIRS[task] if name in WHOLE else 1
+def test_a_shipped_file_comes_again_from_its_policy(name, tmp_path, monkeypatch):
+    """The policy acts as in the file, and from the file's actions come its observations and rewards.
+
+    Processors round a network's sums differently, and an episode magnifies that. So the policy's actions are
+    compared up to rounding, and the environment is given the file's; all the rest must agree byte for byte.
+    """
+    task, algorithm = name.split("-")
+    with np.load(ROOT / "demos" / f"{name}.npz") as file:
+        shipped = dict(file)
+    script = import_module(f"baselines.{algorithm}")
+    make_env = script.make_env
+
+    def make_following(args, training):
+        env, actions = make_env(args, training), iter(shipped["actions"])
+        step = env.step
+        env.step = lambda action: step(next(actions))
+        return env
+
+    monkeypatch.setattr(script, "make_env", make_following)
+    again, pairs = tmp_path / "again.npz", PAIRS[task] if name in WHOLE else 1
     collect.collect(SHIPPED / f"{name}.pt", again, pairs, explore=task == "Point2D", seed=0)
+    with np.load(again) as file:
+        found = dict(file)
+    assert list(found) == list(shipped)
     if name in WHOLE:
-        assert again.read_bytes() == shipped.read_bytes()
-    with np.load(shipped) as expected, np.load(again) as found:
-        assert expected.files == found.files
-        for column in expected.files[:-1]:
-            assert found[column].tobytes() == expected[column][: len(found[column])].tobytes()
+        assert len(found["rewards"]) == len(shipped["rewards"])
+        assert str(found["metadata"]) == str(shipped["metadata"])
+    for column in ("observations", "rewards", "terminations", "truncations"):
+        np.testing.assert_array_equal(found[column], shipped[column][: len(found[column])])
+    assert np.abs(found["actions"] - shipped["actions"][: len(found["actions"])]).max() < 1e-4
 
 
 def test_the_readme_has_the_table_of_the_shipped_files():
