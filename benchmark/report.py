@@ -447,7 +447,10 @@ def aggregate_figure(study: Study, runs, folder: Path) -> str:
 
 
 def warm_start_figure(study: Study, runs, folder: Path) -> str:
-    """The layout of the paper's Figure 5: the best evaluation against the share of the run with GILD."""
+    """The layout of the paper's Figure 5: the best evaluation against the share of the run with GILD.
+
+    A task with a single share is left out.
+    """
     groups = {}  # variants that differ in --ws-frac alone
     for key, variant in study.variants.items():
         if "--ws-frac" in variant.flags:
@@ -455,7 +458,8 @@ def warm_start_figure(study: Study, runs, folder: Path) -> str:
             rest = variant.script, *variant.flags[:at], *variant.flags[at + 2 :]
             groups.setdefault(rest, {})[key] = 100 * float(variant.flags[at + 1])
     groups = [group for group in groups.values() if len(group) >= 3]
-    if not groups:
+    runs = {task: v for task, v in runs.items() if any(len(group.keys() & v.keys()) > 1 for group in groups)}
+    if not runs:
         return ""
     fig, axes = plt.subplots(
         1, len(runs), figsize=(max(5, 3 * len(runs)), 3), squeeze=False, layout="constrained"
@@ -463,24 +467,34 @@ def warm_start_figure(study: Study, runs, folder: Path) -> str:
     for axis, (task, variants) in zip(axes[0], runs.items(), strict=True):
         for group in groups:
             keys = sorted((key for key in group if key in variants), key=group.get)
+            if not keys:
+                continue
             values = [scores(runs, task, key, "best evaluation") for key in keys]
-            error = [half_width(v) if len(v) > 1 else 0 for v in values]
-            axis.errorbar(
+            error = [half_width(v) if len(v) > 2 else 0 for v in values]
+            bars = axis.errorbar(
                 [group[key] for key in keys],
                 [v.mean() for v in values],
                 error,
                 marker="o",
                 capsize=3,
-                label=algorithm(study, keys[0]).upper() if keys else None,
+                label=algorithm(study, keys[0]).upper(),
             )
+            for key, v in zip(keys, values, strict=True):
+                axis.plot([group[key]] * len(v), v, "x", color=bars[0].get_color())
+        shares = sorted({share for group in groups for share in group.values()})
         axis.set_xscale("log")
+        axis.set_xticks(shares, [f"{share:g}" for share in shares])
+        axis.set_xticks([], minor=True)
+        axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(task, fontsize=10)
         axis.set_xlabel("iterations with GILD, % of the steps", fontsize=9)
         axis.set_ylabel("best evaluation", fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     path = save_figure(fig, folder, f"{study.name}-warm-start")
-    return f"![{study.name}: warm start]({path})\n\n*Mean over {seeds_of(runs)} and its 95 % interval (t).*\n"
+    caption = f"Dots: mean over {seeds_of(runs)}; crosses: each seed"
+    caption += "; bars, of three seeds or more: the mean's 95 % interval (t)"
+    return f"![{study.name}: warm start]({path})\n\n*{caption}.*\n"
 
 
 @dataclass

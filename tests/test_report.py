@@ -212,6 +212,29 @@ def test_report_of_made_up_results(study):
     assert "mean over 1 to 3 seeds" in out
 
 
+def test_warm_start_figure(study, monkeypatch):
+    """Figure 5 has the tasks with two shares or more, every seed, and an interval of three seeds or more."""
+    drawn = []
+    monkeypatch.setattr(report, "save_figure", lambda fig, folder, name: drawn.append(fig.axes) or name)
+    loaded = sweep.load_study(study)
+    runs = report.load(loaded, study.parent)
+    del runs["Walker2d"]["td3-gild-10"], runs["Walker2d"]["td3-gild"]
+    runs["Hopper"]["td3-gild-10"] = {seed: runs["Hopper"]["td3"][seed] for seed in (1, 2)}
+    text = report.warm_start_figure(loaded, runs, study.parent)
+    (axis,) = drawn.pop()
+    assert axis.get_title() == "Hopper" and "1 to 3 seeds" in text
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "10", "100"]
+    means, *seeds = [line.get_ydata().tolist() for line in axis.lines if line.get_marker() in "ox"]
+    best = [400 + 100, 700, 900]
+    assert np.allclose(means, [np.mean(best), 400, 600])
+    assert seeds == [best, [300, 500], [600]]
+    (bars,) = axis.collections
+    assert np.allclose([np.ptp(bar[:, 1]) for bar in bars.get_segments()], [2 * half_width(best), 0, 0])
+
+    del runs["Hopper"]
+    assert report.warm_start_figure(loaded, runs, study.parent) == ""
+
+
 def test_another_baseline(study):
     code, out, _ = run_report(study, "--baseline", "td3-gild-1")
     assert code == 0
