@@ -307,10 +307,15 @@ def test_one_task_seed_and_variant(tmp_path):
 
 
 def test_the_committed_results_are_readable(tmp_path):
-    """Every study in benchmark/results/ has its TOML, and a report."""
+    """Every study in benchmark/results/ has its TOML, every run its returns and its own arguments."""
     studies = {path.name for path in (ROOT / "benchmark/results").iterdir()}
     assert studies <= {path.stem for path in (ROOT / "benchmark/studies").glob("*.toml")}
     assert {"hopper", "demonstrations"} <= studies
+    for path in (ROOT / "benchmark/results").glob("*/*.csv"):
+        run = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
+        assert np.isfinite(run["return_mean"]).all() and (np.diff(run["global_step"]) > 0).all(), path
+    for path in (ROOT / "benchmark/results").glob("*/*.json"):
+        assert json.loads(path.read_text())["args"]["seed"] == int(path.stem.split("-")[-1]), path
     code, out, err = call_tool(report, "hopper", "--figures", tmp_path)
     assert (code, err) == (0, "")
     best = {row[1]: row[3] for row in rows_of(out, "Mean ± std")[1:]}
