@@ -6,9 +6,14 @@ Prints Markdown and draws benchmark/figures/NAME.png and .svg: the learning curv
 run on every task it adds NAME-scores (interquartile mean and performance profile over tasks, after Agarwal
 et al., NeurIPS 2021), and if three differ in --ws-frac alone NAME-warm-start (the layout of the paper's
 Figure 5). Unfinished studies are reported as far as they are.
+
+    python -m benchmark.report headline --at "50,000 to 100,000" "distance at 20,000"
+
+adds a table of the mean return in that span and of the distance at that step.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -69,6 +74,13 @@ SCORES = {
     "share of the first": lambda run: run["imitation_distance"][3] / run["imitation_distance"][1],
     "lowest in between": lambda run: run["lowest_of_batches"][3] / run["imitation_distance"][1],
     "rewarded episodes": lambda run: run["rewarded_episodes"][-1],
+}
+COLUMNS = {  # as --at names them
+    "return": "return_mean",
+    "distance": "imitation_distance",
+    "mean of Q": "q_mean",
+    "slope of f": "f_slope",
+    "rewarded episodes": "rewarded_episodes",
 }
 PANELS = {
     "return_mean": "return",
@@ -209,6 +221,34 @@ def score_table(study: Study, runs) -> str:
     if not any(line[-1] for line in lines):
         head, lines = head[:-1], [line[:-1] for line in lines]
     return markdown(head, lines)
+
+
+def column_at(name: str) -> tuple[str, int, int]:
+    """The column, the first and the last step of "distance at 20,000" or "50,000 to 100,000" (returns)."""
+    match = re.fullmatch(r"(?:(.+) at )?([\d,]*\d)(?: to ([\d,]*\d))?", name)
+    if not match or (match[1] or "return") not in COLUMNS:
+        raise InputError(
+            f'--at {name!r} is not like "50,000 to 100,000" or "distance at 20,000" ({", ".join(COLUMNS)})'
+        )
+    first, last = (int(step.replace(",", "")) for step in (match[2], match[3] or match[2]))
+    return COLUMNS[match[1] or "return"], first, last
+
+
+def mean_at(run, column: str, first: int, last: int) -> float:
+    """The mean over the evaluations from one step to another; nan where the run has nothing."""
+    there = (run["global_step"] >= first) & (run["global_step"] <= last)
+    return run[column][there].mean() if column in run.dtype.names and there.any() else np.nan
+
+
+def steps_table(study: Study, runs, names: tuple[str, ...]) -> str:
+    """Means over seeds of what --at names, a row per task and variant."""
+    lines, columns = [], [column_at(name) for name in names]
+    for task, variants in runs.items():
+        for key, seeds in variants.items():
+            means = [np.mean([mean_at(run, *column) for run in seeds.values()]) for column in columns]
+            cells = [f"{mean:.2g}" if 0 < abs(mean) < 1 else plain(mean) for mean in means]
+            lines.append([task, study.variants[key].name, str(len(seeds)), *cells])
+    return markdown(["task", "", "seeds", *names], lines) if names else ""
 
 
 def compared_with(study: Study, key: str, baseline: str) -> str:
@@ -501,6 +541,7 @@ def warm_start_figure(study: Study, runs, folder: Path) -> str:
 class Args:
     study: tyro.conf.Positional[str]  # a study's name, or its TOML file
     baseline: str | None = None  # the variant to compare the others with; None: the study's
+    at: tuple[str, ...] = ()  # another table: "50,000 to 100,000" (returns), "distance at 20,000", and so on
     results: Path = RESULTS  # folder of the results
     figures: Path = ROOT / "benchmark" / "figures"  # folder of the figures
 
@@ -523,6 +564,7 @@ def main(args: Args):
         "Mean ± std over seeds [95 % interval of the mean, t; of three seeds or more]": score_table(
             study, runs
         ),
+        "Means over seeds": steps_table(study, runs, args.at),
         f"Paired differences by seed, {SECOND_HALF}, ± 95 % interval (t)": difference_table(
             study, runs, baseline
         ),

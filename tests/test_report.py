@@ -235,6 +235,24 @@ def test_warm_start_figure(study, monkeypatch):
     assert report.warm_start_figure(loaded, runs, study.parent) == ""
 
 
+def test_means_at_steps(study):
+    """A row per task and variant, nan where a seed has no such column or step."""
+    at = ["15,000 to 30000", "return at 20,000", "distance at 40,000", "mean of Q at 10,000", "50,000"]
+    code, out, _ = run_report(study, "--at", *at)
+    assert code == 0
+    head, *lines = rows_of(out, "Means over seeds")
+    assert head == ["task", "", "seeds", *at]
+    means = {(row[0], row[1]): row[2:] for row in lines}
+    assert means["Hopper", "TD3"] == ["3", "117", "66.7", "0.1", "nan", "nan"]
+    assert means["Walker2d", "TD3"] == ["3", "1117", "1067", "0.1", "nan", "nan"]
+
+    loaded = sweep.load_study(study)
+    runs = report.load(loaded, study.parent)
+    runs["Hopper"]["td3"][3] = runs["Hopper"]["td3"][3][["global_step", "return_mean"]][:3]
+    (row,) = [row for row in report.steps_table(loaded, runs, at).splitlines() if "Hopper | TD3 |" in row]
+    assert row == "| Hopper | TD3 | 3 | 117 | 66.7 | nan | nan | nan |"
+
+
 def test_another_baseline(study):
     code, out, _ = run_report(study, "--baseline", "td3-gild-1")
     assert code == 0
@@ -327,6 +345,8 @@ def test_the_committed_results_are_readable(tmp_path):
     [
         (["hoper"], "there is no study"),
         (["hopper", "--baseline", "td4"], "hopper has no variant 'td4', only td3,"),
+        (["hopper", "--at", "50,000", "distanse at 20,000"], "'distanse at 20,000' is not like"),
+        (["hopper", "--at", "distance"], "'distance' is not like"),
         (
             ["hopper", "--results", "empty"],
             "no results yet: python -m benchmark.sweep hopper\n",
