@@ -1,9 +1,12 @@
-"""The worked example runs as it stands, and the flags that the READMEs name exist."""
+"""The READMEs: the worked example runs, the flags exist, the tables are those of the committed results."""
 
 import ast
 import re
 
+import pytest
+
 import gild_td3
+from benchmark import report, sweep
 from tests.conftest import ROOT, call
 
 README, DEMOS, BENCHMARK = (
@@ -43,3 +46,33 @@ def test_the_flags_that_the_readmes_name_exist():
     flags |= {"--help", "--logdir", "--head"}  # tyro's, TensorBoard's and Ray's
     for text in (README, DEMOS, BENCHMARK):
         assert set(re.findall(r"(?<![-\w])--[a-z][a-z0-9-]+", text)) <= flags
+
+
+def rows(table):
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
+
+
+def table_with(text, cells):
+    """The one table in a text that has these cells in a row."""
+    (table,) = [t for t in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE) if " | ".join(cells) in t]
+    return rows(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("headline", README), ("headline-185k", BENCHMARK), ("million", BENCHMARK)]
+)
+def test_the_score_tables_are_the_committed_results(name, text):
+    """Row by row as benchmark.report has them, under headings and names of their own."""
+    study = sweep.load_study(ROOT / f"benchmark/studies/{name}.toml")
+    runs = report.load(study, sweep.RESULTS)
+    number = len(study.scores)
+    scores = [row[3 : 3 + number] for row in rows(report.score_table(study, runs))[2:]]
+    assert [row[-1 - number : -1] for row in table_with(text, scores[0])[2:]] == scores
+
+
+def test_the_table_by_steps_is_the_committed_results():
+    """Headline's table of `benchmark.report --at`, whose heading has what stands after --at."""
+    study = sweep.load_study(ROOT / "benchmark/studies/headline.toml")
+    head, _, *lines = table_with(BENCHMARK, ["distance at 20,000", "distance at 50,000"])
+    expected = rows(report.steps_table(study, report.load(study, sweep.RESULTS), head[2:]))[2:]
+    assert [row[2:] for row in lines] == [row[3:] for row in expected]
