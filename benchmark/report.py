@@ -139,11 +139,13 @@ def bootstrap(statistic, *groups, repetitions=2_000) -> np.ndarray:
 
 
 def load(study: Study, results: Path) -> dict[str, dict[str, dict[int, np.ndarray]]]:
-    """The finished runs by task, variant and seed, a structured array each."""
-    runs = {}
+    """The runs by task, variant and seed, an array each, also of seeds that the study does not name."""
+    runs, names = {}, [path.name for path in (results / study.name).glob("*.csv")]
     for env_id in study.tasks:
         for key, variant in study.variants.items():
-            for seed in variant.seeds:
+            pattern = re.compile(re.escape(f"{key}-{task_name(env_id)}-") + r"(\d+)\.csv")
+            more = {int(match[1]) for match in map(pattern.fullmatch, names) if match}
+            for seed in sorted(more.union(variant.seeds)):
                 path = result(results, study.name, key, env_id, seed)
                 if path.exists():
                     table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))

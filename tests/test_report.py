@@ -253,6 +253,12 @@ def test_means_at_steps(study):
     assert row == "| Hopper | TD3 | 3 | 117 | 66.7 | nan | nan | nan |"
 
 
+def test_more_seeds_than_the_studys_count(study):
+    write_result(study.parent, "td3-gild", "Hopper-v4", 12, [0, 500, 700, 600], old=False)
+    runs = report.load(sweep.load_study(study), study.parent)
+    assert list(runs["Hopper"]["td3-gild"]) == [1, 12] and list(runs["Walker2d"]["td3-gild"]) == [1]
+
+
 def test_another_baseline(study):
     code, out, _ = run_report(study, "--baseline", "td3-gild-1")
     assert code == 0
