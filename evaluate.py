@@ -3,9 +3,9 @@
     python evaluate.py runs/<run>
     python evaluate.py runs/<run>/policies/100000.pt --video hopper.mp4    # kept by --keep-policies
 
-The policy acts without noise in its run's environment, through the script that wrote it. The starts are not
-those of training's evaluations; --seed 101 repeats these for a run with seed 1. --render opens a window,
---video records without one. Without a display MuJoCo renders only if MUJOCO_GL is egl or osmesa.
+The policy acts without noise in its run's environment, through the script that wrote it. Its episodes start
+elsewhere than the evaluations in training; --seed 101 repeats those of a run with seed 1. --render opens a
+window, --video records without one. Without a display MuJoCo renders only if MUJOCO_GL is egl or osmesa.
 """
 
 import contextlib

@@ -59,8 +59,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch 2.11 and a C++ compiler
-    bf16: bool = False  # losses in bfloat16; slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch >= 2.11, a C++ compiler
+    bf16: bool = False  # autocast the losses to bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -71,7 +71,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
+    sparse_threshold: float | None = None  # reward only so many metres ahead of the start; None: the paper's
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor, critic, temperature and look-ahead (paper's alpha)
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -81,15 +81,15 @@ class Args:
     learning_starts: int = 10_000  # steps with random actions before the first update
     critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned (0 stays 0)
-    autotune: bool | None = None  # tune alpha to the entropy -|A|; None: except Hopper, HalfCheetah, Point2D
+    autotune: bool | None = None  # tune alpha to entropy -|A|; None: not on Hopper, HalfCheetah, Point2D
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
     clone_steps: int = 0  # behaviour cloning updates before the first step; the clone replaces random actions
     il_beta: float = 2.5  # w_rl = il_beta / mean |Q|, the weight of RL against imitation in RL+IL
-    ws_frac: float = 0.01  # warm start: GILD only in the first ws_frac * total_timesteps critic updates
+    ws_frac: float = 0.01  # GILD in the first ws_frac * total_timesteps critic updates; 1: to the end
     gild_lr: float = 1e-4  # learning rate of omega
     gild_eps: float = 1e-3  # Adam's epsilon for omega, large so that small meta-gradients make small steps
-    gild_weight_decay: float = 0.0  # L2 penalty on omega; the released code's 1e-4 makes GILD collapse
+    gild_weight_decay: float = 0.0  # L2 penalty on omega; the released 1e-4 with eps 1e-8 makes f collapse
     gild_init: Literal["imitation", "random"] = "imitation"  # f's start: fitted to the imitation error or not
     meta_loss: Literal["gain", "intuitive"] = "gain"  # Eq. (8), or Table 2's ablation: -Q after the GILD step
 
@@ -256,7 +256,8 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, args):
     il_grad = gradient(imitation_loss, phi)
     pseudo = {k: phi[k].detach() - lr * (w_rl * rl_grad[k] + il_grad[k]) for k in phi}
 
-    # Eq. (7): the actor's gradient with GILD; the look-ahead, a plain step along it, is a function of omega
+    # Eq. (7): the actor's gradient with GILD. The look-ahead, a function of omega, is a plain step along it;
+    # the actor itself takes Adam's
     gild_loss = gild(demo_obs, demo_action, action).mean()
     (action_grad,) = torch.autograd.grad(gild_loss, action, create_graph=True)
     gild_grad = gradient(action, phi, grad_outputs=action_grad, create_graph=True)
@@ -310,9 +311,7 @@ def fit_imitation(gild, demonstrations, iterations=2_000, batch_size=256):
         action = torch.where(torch.rand_like(demo_action[:, :1]) < 0.5, anywhere, close)
         error = (action - demo_action).pow(2).mean(1, keepdim=True)
         loss = F.mse_loss(gild(0 * demo_obs, demo_action, action), error)  # 0: no gradient for those weights
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        step(optimizer, gild, gradient(loss, dict(gild.named_parameters())))
         schedule.step()
     return loss.item()
 
@@ -378,12 +377,12 @@ def train(args: Args) -> Path:
     if args.clone_steps > 0 and last_step == 0:
         clone(actor, demonstrations, args)
 
-    update_critic, update_actor, update_gild = critic_gradient, actor_gradient, gild_gradients
+    updates = critic_gradient, actor_gradient, gild_gradients
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the gradients with the losses
         torch._inductor.config.fallback_random = True  # the random numbers of a run without --compile
-        functions = update_critic, update_actor, update_gild
-        update_critic, update_actor, update_gild = map(torch.compile, functions)
+        updates = map(torch.compile, updates)
+    update_critic, update_actor, update_gild = updates
 
     ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):

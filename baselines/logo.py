@@ -64,7 +64,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
+    sparse_threshold: float | None = None  # reward only so many metres ahead of the start; None: the paper's
     total_timesteps: int = 30_000_000  # environment steps of the run
     num_steps: int = 20_000  # environment steps per rollout
     gamma: float = 0.99  # discount factor

@@ -58,7 +58,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
+    sparse_threshold: float | None = None  # reward only so many metres ahead of the start; None: the paper's
     total_timesteps: int = 30_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor and critic
     anneal_lr: bool = True  # lower it linearly, to 0 after --total-timesteps

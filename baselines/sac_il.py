@@ -44,8 +44,8 @@ class Args:
     seed: int = 1  # seed of networks, environment, exploration and replay
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
-    compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch 2.11 and a C++ compiler
-    bf16: bool = False  # losses in bfloat16; slower on a CPU without bf16 instructions
+    compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch >= 2.11, a C++ compiler
+    bf16: bool = False  # autocast the losses to bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -56,7 +56,7 @@ class Args:
 
     env_id: str = "Hopper-v4"  # Gymnasium id with Box observations and actions, or Point2D-v0 (in envs/)
     dense: bool = False  # train on the dense reward; else the paper's five tasks are sparse
-    sparse_threshold: float | None = None  # no reward within so many metres of the start; None: the paper's
+    sparse_threshold: float | None = None  # reward only so many metres ahead of the start; None: the paper's
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_rate: float = 3e-4  # learning rate of actor, critic and temperature
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
@@ -66,7 +66,7 @@ class Args:
     learning_starts: int = 10_000  # steps with random actions before the first update
     critic_norm: bool = False  # LayerNorm before each ReLU of the critic
     alpha: float = 0.2  # temperature of the entropy term; its initial value if autotuned (0 stays 0)
-    autotune: bool | None = None  # tune alpha to the entropy -|A|; None: except Hopper, HalfCheetah, Point2D
+    autotune: bool | None = None  # tune alpha to entropy -|A|; None: not on Hopper, HalfCheetah, Point2D
 
     demo_path: str | None = None  # demonstrations D_dem, .npz; None: those in demos/ for task and algorithm
     clone_steps: int = 0  # behaviour cloning updates before the first step; the clone replaces random actions
@@ -187,8 +187,8 @@ def actor_gradient(actor, critic, obs, demo, noise, alpha, args):
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
         loss, log_prob, q = rl_loss(actor, critic, obs, noise, alpha)
         imitation_loss, distance = il_loss(actor, *demo)
-    loss = rl_weight(q, args.il_beta) * loss + imitation_loss
     log = {"losses/actor_loss": loss.detach(), "charts/imitation_distance": distance.detach()}
+    loss = rl_weight(q, args.il_beta) * loss + imitation_loss
     return gradient(loss, dict(actor.named_parameters())), log_prob.detach(), log
 
 

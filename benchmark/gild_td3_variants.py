@@ -130,9 +130,7 @@ def fit_differences(gild, demonstrations, iterations=2_000, batch_size=256):
         action = size * (2 * torch.rand(batch_size, action_dim, device=device) - 1)
         error = (2 * action).pow(2).mean(1, keepdim=True)
         loss = F.mse_loss(gild(obs, -action, action), error)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        step(optimizer, gild, gradient(loss, dict(gild.named_parameters())))
         schedule.step()
     return loss.item()
 
@@ -331,12 +329,12 @@ def train(args: Args) -> Path:
     if args.gild_form == "network" and args.gild_init == "imitation" and last_step == 0:
         writer.add_scalar("losses/gild_fit", FITS[args.gild_fit](gild, demonstrations), 0)
 
-    update_critic, update_actor, update_gild = critic_gradient, actor_gradient, gild_gradients
+    updates = critic_gradient, actor_gradient, gild_gradients
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the gradients with the losses
         torch._inductor.config.fallback_random = True  # the random numbers of a run without --compile
-        functions = update_critic, update_actor, update_gild
-        update_critic, update_actor, update_gild = map(torch.compile, functions)
+        updates = map(torch.compile, updates)
+    update_critic, update_actor, update_gild = updates
 
     def save_policy(global_step):
         returns = evaluate(act, actor, eval_env, args.eval_episodes, seed=args.seed + 100)
