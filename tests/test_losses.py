@@ -164,9 +164,10 @@ def test_the_imitation_loss(gild_script, algorithm, nets, batch):
 
 @pytest.mark.parametrize("name", ["baselines.{}", "baselines.{}_il"])
 def test_the_baselines_actor_gradient(algorithm, name, nets, batch):
-    """Eq. (2), and Eq. (3): w_rl L_RL + L_IL with w_rl = beta / mean |Q(s, phi(s))|."""
+    """Eq. (2), and Eq. (3): w_rl L_RL + L_IL with w_rl = beta / mean |Q(s, phi(s))|. Both log L_RL."""
     script, inputs = import_module(name.format(algorithm)), rl_inputs(algorithm, nets, batch)
     loss, q = expected_rl_loss(*inputs)
+    expected_log = loss.detach()
     demo, args = (), script.Args()
     if name.endswith("il"):
         pairs = torch.randn(N, OBS_DIM), torch.rand(N, ACTION_DIM) * 1.8 - 0.9
@@ -178,6 +179,7 @@ def test_the_baselines_actor_gradient(algorithm, name, nets, batch):
     assert list(found) == [name for name, _ in nets[0].named_parameters()]
     for a, b in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(log["losses/actor_loss"], expected_log, rtol=1e-6, atol=0)
     assert not any(value.requires_grad for value in [*log_prob, *log.values()])
     assert len(log_prob) == (algorithm == "sac")
 
