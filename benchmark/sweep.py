@@ -12,8 +12,9 @@ A study is a TOML file (those in benchmark/studies/ are examples):
     td3 = { run = "baselines.td3", name = "TD3" }
     td3-gild = { run = "gild_td3 --ws-frac 1", name = "TD3+GILD to the end" }
 
-A variant can have its own seeds, tasks, steps, and flags in place of the study's. With `made_by` instead of
-`run` its results come from a command of their own, and the sweep leaves it alone.
+A variant can have its own seeds, tasks, steps, and flags in place of the study's; {task} in a flag is the
+task's name (`--demo-path mine/{task}.npz`). With `made_by` instead of `run` its results come from a command
+of their own, and the sweep leaves it alone.
 
 A run trains in the folder runs/ of the working directory, and its output goes to
 runs/STUDY-VARIANT-TASK-SEED.log. Its result is benchmark/results/STUDY/VARIANT-TASK-SEED.csv, a row per
@@ -226,7 +227,8 @@ def runs_of(study: Study) -> list[Run]:
                     continue
                 if given := [flag for flag in variant.flags if flag.split("=")[0] in OWN_FLAGS]:
                     raise InputError(f"variant {key} has {given[0]}, which the sweep sets itself")
-                flags = ["--no-cuda", *variant.flags, "--exp-name", key, "--env-id", env_id]
+                own = [flag.replace("{task}", task_name(env_id)) for flag in variant.flags]
+                flags = ["--no-cuda", *own, "--exp-name", key, "--env-id", env_id]
                 flags += ["--seed", str(seed), "--total-timesteps", str(variant.steps or steps)]
                 flags += ["--keep-policies"]
                 args = parse(variant.script, flags, env_id not in tried)

@@ -254,6 +254,12 @@ def test_runs_come_seed_by_seed(study):
     assert runs[-1].args["batch_size"] == 50 and runs[-1].args["keep_policies"]
 
 
+def test_a_flag_may_name_the_task(study):
+    study.write_text(TOML.replace("--gild-init random", "--demo-path other/{task}.npz"))
+    runs = {run.variant: run.args for run in sweep.runs_of(sweep.load_study(study))}
+    assert runs["ddpg-gild"]["demo_path"] == "other/Point2D.npz" and "demo_path" not in runs["ddpg"]
+
+
 def test_what_a_variant_has_of_its_own(study):
     """And what another command makes is reported, but not run."""
     more = 'ppo = { run = "baselines.ppo", flags = "--num-steps 64", steps = 128 }\n'
