@@ -406,19 +406,22 @@ def curves(study: Study, runs, folder: Path) -> str:
     algorithms = list(dict.fromkeys(algorithm(study, key) for key in study.variants))
     cells = []
     for panel, task, algo in product(study.panels, runs, algorithms):
-        keys = [key for key in runs[task] if algorithm(study, key) == algo]
-        groups = split(study, keys) if keys else []
+        every = [key for key in study.variants if algorithm(study, key) == algo]
+        groups = split(study, [key for key in every if any(key in variants for variants in runs.values())])
         title = f"{task}, {algo.upper()}" if len(algorithms) > 1 else task
         for number, group in enumerate(groups, 1):
             part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
-            cells.append((task, algo, panel, group, title + part))
+            if keys := [key for key in group if key in runs[task]]:
+                cells.append((panel, number, task, algo, keys, title + part))
+    if len(runs) == 3 and len(algorithms) == 1:  # a column per task
+        cells.sort(key=lambda cell: (study.panels.index(cell[0]), cell[1]))
     per_panel = len(cells) // len(study.panels)
     columns = -(-per_panel // -(-per_panel // 3)) if per_panel > 1 else min(2, len(cells))  # up to three
     rows = -(-len(cells) // columns)
     size = {"figsize": (9, 1.2 + (2.7 if columns > 1 else 4) * rows), "layout": "constrained"}
     fig, axes = plt.subplots(rows, columns, squeeze=False, **size)
     labels, color = {}, colors(study)
-    for axis, (task, algo, panel, keys, title) in zip(axes.flat, cells, strict=False):
+    for axis, (panel, _, task, algo, keys, title) in zip(axes.flat, cells, strict=False):
         for key in keys:
             tables = list(runs[task][key].values())
             if panel not in tables[0].dtype.names:

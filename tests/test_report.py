@@ -302,6 +302,22 @@ def test_the_panels_have_those_variants(tmp_path, monkeypatch):
         assert axis.get_title() == f"Point2D, TD3 ({number} of 2)"
 
 
+def test_three_tasks_have_a_column_each(tmp_path, monkeypatch):
+    """With the same variants in a row, though one task has not run them all."""
+    study = sweep.load_study(ROOT / "benchmark" / "studies" / "headline.toml")
+    table = np.array([(1000, 5.0), (2000, 6.0)], [("global_step", float), ("return_mean", float)])
+    runs = {
+        task: {key: {1: table} for key in study.variants} for task in ("Hopper", "HalfCheetah", "Walker2d")
+    }
+    del runs["Walker2d"]["td3-gild-end-frozen"]
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda fig, *_: figures.append(fig) or "")
+    report.curves(study, runs, tmp_path)
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert titles == [f"{task} ({row} of 2)" for row in (1, 2) for task in runs]
+    assert [len(axis.get_lines()) for axis in figures[0].axes] == [6, 6, 6, 5, 5, 4]
+
+
 def test_the_line_of_the_demonstrations():
     level = report.demonstrated_return
     assert level("Point2D", "ppo") == level("Point2D", "sac") != level("Point2D", "td3")
