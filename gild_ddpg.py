@@ -215,15 +215,16 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, args):
     rl_grad = gradient(actor_loss, phi)
     action = actor(demo_obs)
 
-    # Eq. (6): the pseudo-update, where one step with plain imitation would lead
-    imitation_loss, w_rl = il_loss(action, demo_action), rl_weight(q, args.il_beta)
+    # Eq. (6): the pseudo-update phi_hat, where one step with plain imitation would lead
+    imitation_loss = il_loss(action, demo_action)
+    w_rl = rl_weight(q, args.il_beta)
     il_grad = gradient(imitation_loss, phi, retain_graph=True)
     pseudo = {k: phi[k].detach() - lr * (w_rl * rl_grad[k] + il_grad[k]) for k in phi}
 
-    # Eq. (7): the actor's gradient with GILD. The look-ahead, a function of omega, is a plain step along it;
-    # the actor itself takes Adam's
+    # Eq. (7): the actor's gradient with GILD. The look-ahead phi', a function of omega, is a plain step along
+    # it; the actor itself takes Adam's
     gild_loss = gild(demo_obs, demo_action, action).mean()
-    (action_grad,) = torch.autograd.grad(gild_loss, action, create_graph=True)
+    (action_grad,) = torch.autograd.grad(gild_loss, action, create_graph=True)  # separately, to log it
     gild_grad = gradient(action, phi, grad_outputs=action_grad, create_graph=True)
     look_ahead = {k: phi[k].detach() - lr * (rl_grad[k] + gild_grad[k]) for k in phi}
 
@@ -310,8 +311,8 @@ def train(args: Args) -> Path:
         shipped = Path(__file__).parent / "demos" / f"{task_name(args.env_id)}-ddpg.npz"
         demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    rng = np.random.default_rng(args.seed)
-    env.action_space.seed(args.seed)
+    rng = np.random.default_rng(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    env.action_space.seed(args.seed + 2_000)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -343,7 +344,8 @@ def train(args: Args) -> Path:
         updates = map(torch.compile, updates)
     update_critic, update_actor, update_gild = updates
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended = last_step > 0  # a resumed run starts a new episode
+    last_checkpoint, start_time = last_step, time.time()
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -351,7 +353,7 @@ def train(args: Args) -> Path:
         if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
-            noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)
+            noise = rng.normal(0, args.exploration_noise, action_dim)
             action = (act(actor, obs) + noise).clip(-1, 1).astype(np.float32)
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # not `truncated`: bootstrap at the time limit
@@ -601,7 +603,7 @@ def command_line(Args):
     for name, old in vars(run).items():
         if name not in free and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
-    if "ws_frac" in vars(run):  # the warm start keeps its length
+    if getattr(run, "ws_frac", 1) < 1:  # the warm start keeps its length; 1 stays "to the end"
         args.ws_frac = min(1.0, round(run.ws_frac * run.total_timesteps) / args.total_timesteps)
     return args
 

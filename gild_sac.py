@@ -251,15 +251,16 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, args):
     rl_grad = gradient(actor_loss, phi)
     action, _ = actor(demo_obs, demo_noise)
 
-    # Eq. (6): the pseudo-update, where one step with plain imitation would lead
-    (imitation_loss, distance), w_rl = il_loss(actor, demo_obs, demo_action), rl_weight(q, args.il_beta)
+    # Eq. (6): the pseudo-update phi_hat, where one step with plain imitation would lead
+    imitation_loss, distance = il_loss(actor, demo_obs, demo_action)
+    w_rl = rl_weight(q, args.il_beta)
     il_grad = gradient(imitation_loss, phi)
     pseudo = {k: phi[k].detach() - lr * (w_rl * rl_grad[k] + il_grad[k]) for k in phi}
 
-    # Eq. (7): the actor's gradient with GILD. The look-ahead, a function of omega, is a plain step along it;
-    # the actor itself takes Adam's
+    # Eq. (7): the actor's gradient with GILD. The look-ahead phi', a function of omega, is a plain step along
+    # it; the actor itself takes Adam's
     gild_loss = gild(demo_obs, demo_action, action).mean()
-    (action_grad,) = torch.autograd.grad(gild_loss, action, create_graph=True)
+    (action_grad,) = torch.autograd.grad(gild_loss, action, create_graph=True)  # separately, to log it
     gild_grad = gradient(action, phi, grad_outputs=action_grad, create_graph=True)
     look_ahead = {k: phi[k].detach() - lr * (rl_grad[k] + gild_grad[k]) for k in phi}
 
@@ -350,7 +351,7 @@ def train(args: Args) -> Path:
         shipped = Path(__file__).parent / "demos" / f"{task_name(args.env_id)}-sac.npz"
         demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    env.action_space.seed(args.seed)
+    env.action_space.seed(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -384,7 +385,8 @@ def train(args: Args) -> Path:
         updates = map(torch.compile, updates)
     update_critic, update_actor, update_gild = updates
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended = last_step > 0  # a resumed run starts a new episode
+    last_checkpoint, start_time = last_step, time.time()
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -646,7 +648,7 @@ def command_line(Args):
     for name, old in vars(run).items():
         if name not in free and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
-    if "ws_frac" in vars(run):  # the warm start keeps its length
+    if getattr(run, "ws_frac", 1) < 1:  # the warm start keeps its length; 1 stays "to the end"
         args.ws_frac = min(1.0, round(run.ws_frac * run.total_timesteps) / args.total_timesteps)
     return args
 

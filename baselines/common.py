@@ -222,7 +222,7 @@ def command_line(Args):
     for name, old in vars(run).items():
         if name not in free and old != getattr(args, name):
             raise InputError(f"--resume {args.resume}: the run has {name} {old}, not {getattr(args, name)}")
-    if "ws_frac" in vars(run):  # the warm start keeps its length
+    if getattr(run, "ws_frac", 1) < 1:  # the warm start keeps its length; 1 stays "to the end"
         args.ws_frac = min(1.0, round(run.ws_frac * run.total_timesteps) / args.total_timesteps)
     return args
 

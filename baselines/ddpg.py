@@ -170,8 +170,8 @@ def train(args: Args) -> Path:
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 
-    rng = np.random.default_rng(args.seed)
-    env.action_space.seed(args.seed)
+    rng = np.random.default_rng(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    env.action_space.seed(args.seed + 2_000)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -192,7 +192,8 @@ def train(args: Args) -> Path:
         torch._inductor.config.fallback_random = True  # the random numbers of a run without --compile
         update_critic, update_actor = map(torch.compile, (update_critic, update_actor))
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended = last_step > 0  # a resumed run starts a new episode
+    last_checkpoint, start_time = last_step, time.time()
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -200,7 +201,7 @@ def train(args: Args) -> Path:
         if global_step <= args.learning_starts:
             action = env.action_space.sample()
         else:
-            noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)
+            noise = rng.normal(0, args.exploration_noise, action_dim)
             action = (act(actor, obs) + noise).clip(-1, 1).astype(np.float32)
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # not `truncated`: bootstrap at the time limit

@@ -205,8 +205,8 @@ def train(args: Args) -> Path:
     shipped = Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-ddpg.npz"
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    rng = np.random.default_rng(args.seed)
-    env.action_space.seed(args.seed)
+    rng = np.random.default_rng(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    env.action_space.seed(args.seed + 2_000)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -230,7 +230,8 @@ def train(args: Args) -> Path:
         torch._inductor.config.fallback_random = True  # the random numbers of a run without --compile
         update_critic, update_actor = map(torch.compile, (update_critic, update_actor))
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended = last_step > 0  # a resumed run starts a new episode
+    last_checkpoint, start_time = last_step, time.time()
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -238,7 +239,7 @@ def train(args: Args) -> Path:
         if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
-            noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)
+            noise = rng.normal(0, args.exploration_noise, action_dim)
             action = (act(actor, obs) + noise).clip(-1, 1).astype(np.float32)
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # not `truncated`: bootstrap at the time limit

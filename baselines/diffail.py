@@ -314,7 +314,7 @@ def train(args: Args) -> Path:
     shipped = Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-sac.npz"
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    env.action_space.seed(args.seed)
+    env.action_space.seed(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -347,7 +347,8 @@ def train(args: Args) -> Path:
         update_critic, update_actor = map(torch.compile, (update_critic, update_actor))
         update_denoiser, reward_of = map(torch.compile, (update_denoiser, reward_of))
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended = last_step > 0  # a resumed run starts a new episode
+    last_checkpoint, start_time = last_step, time.time()
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:

@@ -299,7 +299,8 @@ def train(args: Args) -> Path:
 
     run_dir, writer, last_step, evaluations = start_run(args, parts, generators)
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended = last_step > 0  # a resumed run starts a new episode
+    last_checkpoint, start_time = last_step, time.time()
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:

@@ -283,7 +283,7 @@ def train(args: Args) -> Path:
     fixed = task_name(args.env_id) in ("Hopper", "HalfCheetah", "Point2D")
     autotune = not fixed if args.autotune is None else args.autotune
 
-    env.action_space.seed(args.seed)
+    env.action_space.seed(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -312,7 +312,8 @@ def train(args: Args) -> Path:
         torch._inductor.config.fallback_random = True  # the random numbers of a run without --compile
         update_critic, update_actor = map(torch.compile, (update_critic, update_actor))
 
-    ended, last_checkpoint, start_time = last_step > 0, last_step, time.time()
+    ended = last_step > 0  # a resumed run starts a new episode
+    last_checkpoint, start_time = last_step, time.time()
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:

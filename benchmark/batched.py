@@ -575,7 +575,7 @@ def train(learners: list[Learner], processes: int, args: Args):
     yield
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rng = np.random.default_rng(common.seed)
+    rng = np.random.default_rng(common.seed + 1_000)  # not a task's: the actions could equal its noise
     batch = Batch(learners, [weights[key] for key in keys], demos, device, args.compile)
     observe, graphs = batch.captured(batch.observe), {}
     releases, seen = [Release(one.args) for one in learners], np.zeros(len(learners))

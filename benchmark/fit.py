@@ -76,7 +76,7 @@ def describe_run(run_dir: Path):
     try:
         args = Variant(**json.loads((run_dir / "args.json").read_text())["args"])
         checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True, map_location="cpu")
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{run_dir} is no run of benchmark.gild_td3_variants ({error})") from None
     if args.gild_form != "network":
         raise InputError(f"{run_dir} was made with --gild-form {args.gild_form}; f is not a network there")

@@ -87,6 +87,10 @@ class Args(gild_td3.Args):
         super().__post_init__()
         if self.clone_labels and self.clone_steps == 0:
             raise InputError("--clone-labels needs a clone: --clone-steps 20000")
+        if self.meta_loss != "gain":
+            raise InputError("--meta-loss intuitive is in gild_td3.py only")
+        if self.meta_critic == "q2" and self.bf16:
+            raise InputError("--meta-critic q2 --bf16: it is in float32 only")
 
 
 class WeightedError(torch.nn.Module):
@@ -303,8 +307,8 @@ def train(args: Args) -> Path:
     shipped = Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-td3.npz"
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    rng = np.random.default_rng(args.seed)
-    env.action_space.seed(args.seed)
+    rng = np.random.default_rng(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    env.action_space.seed(args.seed + 2_000)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -348,7 +352,8 @@ def train(args: Args) -> Path:
         evaluations[1:] = []  # of a run killed before its first checkpoint
         save_policy(0)
 
-    ended, last_checkpoint, start_time, actor_log = last_step > 0, last_step, time.time(), {}
+    ended = last_step > 0  # a resumed run starts a new episode
+    last_checkpoint, start_time, actor_log = last_step, time.time(), {}
     for global_step in tqdm(range(last_step + 1, args.total_timesteps + 1), unit=" steps", disable=None):
         # ALGO LOGIC: act
         if ended:
@@ -356,7 +361,7 @@ def train(args: Args) -> Path:
         if global_step <= args.learning_starts and args.clone_steps == 0:
             action = env.action_space.sample()
         else:
-            noise = rng.normal(0, np.float32(args.exploration_noise), action_dim)
+            noise = rng.normal(0, args.exploration_noise, action_dim)
             action = (act(actor, obs) + noise).clip(-1, 1).astype(np.float32)
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # not `truncated`: bootstrap at the time limit

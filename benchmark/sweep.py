@@ -33,6 +33,7 @@ import difflib
 import io
 import json
 import logging
+import math
 import os
 import re
 import runpy
@@ -247,18 +248,22 @@ def result(results: Path, study: str, variant: str, env_id: str, seed: int) -> P
 def find_run(runs: Path, run: Run) -> Path | None:
     """The folder of a run in the folder `runs`, finished or not; of several the one that got furthest.
 
-    A shorter run with the same arguments is one too, if its warm start has the same length: it is extended.
+    A shorter run with the same arguments is one too, if its warm start is as long, or to the end: it is
+    extended.
     """
+
+    def warm_start(args):
+        share = args.get("ws_frac", 0)
+        return math.inf if share == 1 else round(share * args["total_timesteps"])
 
     def same(run_dir):
         args = json.loads((run_dir / "args.json").read_text())["args"]
         free = {"total_timesteps", "ws_frac", "resume", "track", "wandb_project_name"}
-        iterations = [round(a.get("ws_frac", 0) * a["total_timesteps"]) for a in (args, run.args)]
         return (
             args.keys() == run.args.keys()
             and all(args[key] == run.args[key] for key in args.keys() - free)
             and args["total_timesteps"] <= run.args["total_timesteps"]
-            and iterations[0] == iterations[1]
+            and warm_start(args) == warm_start(run.args)
         )
 
     env_id = run.env_id.replace(":", "-").replace("/", "-")

@@ -213,6 +213,54 @@ def test_a_task_is_made_from_the_seed(name, monkeypatch):
     assert not set(draws(1, seed=3)) & set(draws(1, seed=4))
 
 
+class Wind(gym.Env):
+    """A point that the wind moves, distributed as random actions (uniform) or exploration noise (normal)."""
+
+    action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def __init__(self, law):
+        self.law, self.numbers = law, {"uniform": (-1, 1), "normal": (0, 0.1)}[law]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        wind = getattr(self.np_random, self.law)(*self.numbers, 2)
+        return np.float32(wind), 0.0, False, False, {}
+
+
+for _law in ("uniform", "normal"):
+    register(f"Wind-{_law}-v0", entry_point=Wind, max_episode_steps=50, kwargs={"law": _law})
+
+
+def scripts_with(*flags):
+    return [name for name in SCRIPTS if {*flags} <= vars(import_module(name).Args()).keys()]
+
+
+WINDY = [("uniform", name) for name in scripts_with("learning_starts")]
+WINDY += [("normal", name) for name in scripts_with("clone_steps", "exploration_noise")]
+
+
+@pytest.mark.parametrize(("law", "name"), WINDY)
+def test_actions_are_not_the_task_s_random_numbers(law, name, monkeypatch):
+    """Random actions, and exploration noise from a clone's start on, come from seeds of their own."""
+    script, changes = import_module(name), {"total_timesteps": 200, "checkpoint_frequency": 1}
+    if law == "normal":
+        changes["clone_steps"] = 1
+        monkeypatch.setattr(script, "act", lambda actor, obs: np.zeros((*np.shape(obs)[:-1], 2), np.float32))
+    if name in scripts_with("demo_path"):
+        changes["demo_path"] = "wind.npz"
+        save_demonstrations("wind.npz", f"Wind-{law}-v0", np.zeros((64, 2)), np.zeros((64, 2)))
+    short_run(script, env_id=f"Wind-{law}-v0", **changes)
+    path = next(Path("runs").glob("*/checkpoint.pt"))
+    rows = torch.load(path, weights_only=True)["buffer"]["rows"]
+    action, wind = rows[:, 2:4], rows[:, 5:7]
+    assert len(rows) == 200 and action.std() > 0.05
+    assert abs(np.corrcoef(action.flatten(), wind.flatten())[0, 1]) < 0.2  # by chance 0.05
+
+
 def test_a_name_alone_makes_no_task_sparse():
     """Another module's Hopper keeps its own reward, and its Point2D its own arguments."""
     names = "Hopper-v0", "Point2D-v9"

@@ -151,14 +151,15 @@ def evaluations_and_actor(path):
     return (path / "evaluations.csv").read_text(), torch.load(path / "policy.pt", weights_only=True)["actor"]
 
 
-def test_more_steps_are_as_if_asked_for_at_once(tmp_path):
-    """The warm start keeps its length: 0.2 * 250 = 0.125 * 400 iterations, none of them before step 200."""
-    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "250")[0] == 0
+@pytest.mark.parametrize(("first", "at_once"), [("0.2", "0.125"), ("1", "1")])
+def test_more_steps_are_as_if_asked_for_at_once(first, at_once, tmp_path):
+    """The warm start keeps its length, 0.2 * 250 = 0.125 * 400 iterations; one to the end stays that."""
+    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "250", "--ws-frac", first)[0] == 0
     path = run_dir()
     assert state_of(path)["global_step"] == 200
     assert call(gild_ddpg, "--resume", path, "--total-timesteps", "400")[0] == 0
     longer = path.rename(tmp_path / "longer")
-    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "400", "--ws-frac", "0.125")[0] == 0
+    assert call(gild_ddpg, *GILD.split(), "--total-timesteps", "400", "--ws-frac", at_once)[0] == 0
     assert_same_run(longer, run_dir())
 
 
@@ -182,7 +183,7 @@ def test_fewer_steps_than_the_checkpoint_has(copy):
 def test_a_shortened_run_leaves_a_policy_that_can_be_loaded(copy):
     """Its warm start is longer than itself; --ws-frac still is a fraction."""
     saved = json.loads((copy / "args.json").read_text())
-    saved["args"]["ws_frac"] = 1.0
+    saved["args"]["ws_frac"] = 0.99
     (copy / "args.json").write_text(json.dumps(saved))
     assert call(gild_ddpg, "--resume", copy, "--total-timesteps", "420")[0] == 0
     args = torch.load(copy / "policy.pt", weights_only=True)["args"]

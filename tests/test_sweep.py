@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -375,3 +376,7 @@ def test_a_run_is_found_by_its_arguments(study):
     assert sweep.find_run(folder / "runs", run) == shorter
     further = fake_run(folder, run, 500)
     assert sweep.find_run(folder / "runs", run) == further
+    to_the_end = replace(run, args=run.args | {"ws_frac": 1.0})
+    assert sweep.find_run(folder / "runs", to_the_end) is None
+    shorter = fake_run(folder, run, 300, total_timesteps=400, ws_frac=1.0)
+    assert sweep.find_run(folder / "runs", to_the_end) == shorter
