@@ -1,4 +1,4 @@
-"""Runs a saved policy and prints its returns on the dense and on the sparse task.
+"""Runs a saved policy and prints its returns: the task's own (dense, bar Point2D) and the sparse one.
 
     python evaluate.py runs/<run>
     python evaluate.py runs/<run>/policies/100000.pt --video hopper.mp4    # kept by --keep-policies
@@ -218,7 +218,7 @@ def main(args: Args):
             (episode["rewards"].sum(), episode["sparse_rewards"].sum(), len(episode["rewards"]))
             for episode in islice(episodes, args.episodes)
         ]
-    for name, column in zip(("dense return", "sparse return", "steps"), np.transpose(rows), strict=True):
+    for name, column in zip(("task return", "sparse return", "steps"), np.transpose(rows), strict=True):
         print(f"{name:13} {column.mean():9.1f} ± {column.std():.1f}")
     if args.video:
         print(f"{args.video}: {sum(steps for *_, steps in rows)} frames")

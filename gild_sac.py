@@ -258,7 +258,7 @@ def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, args):
     pseudo = {k: phi[k].detach() - lr * (w_rl * rl_grad[k] + il_grad[k]) for k in phi}
 
     # Eq. (7): the actor's gradient with GILD. The look-ahead phi', a function of omega, is a plain step along
-    # it; the actor itself takes Adam's
+    # it; the actor takes an Adam step
     gild_loss = gild(demo_obs, demo_action, action).mean()
     (action_grad,) = torch.autograd.grad(gild_loss, action, create_graph=True)  # separately, to log it
     gild_grad = gradient(action, phi, grad_outputs=action_grad, create_graph=True)
@@ -351,7 +351,7 @@ def train(args: Args) -> Path:
         shipped = Path(__file__).parent / "demos" / f"{task_name(args.env_id)}-sac.npz"
         demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    env.action_space.seed(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    env.action_space.seed(args.seed + 1_000)  # not the task's seed: actions could equal its noise
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -747,7 +747,7 @@ received_signals = []
 
 
 def stop_after_episode(number, frame):
-    """Signal handler: the run ends with its episode and leaves a checkpoint. The same again ends it now."""
+    """Signal handler: the run ends with its episode and leaves a checkpoint. A repeat ends it now."""
     received_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
     print("stopping after this episode; Ctrl-C again stops at once", file=sys.stderr)

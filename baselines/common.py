@@ -321,7 +321,7 @@ received_signals = []
 
 
 def stop_after_episode(number, frame):
-    """Signal handler: the run ends with its episode and leaves a checkpoint. The same again ends it now."""
+    """Signal handler: the run ends with its episode and leaves a checkpoint. A repeat ends it now."""
     received_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
     print("stopping after this episode; Ctrl-C again stops at once", file=sys.stderr)

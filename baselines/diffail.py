@@ -314,7 +314,7 @@ def train(args: Args) -> Path:
     shipped = Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-sac.npz"
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    env.action_space.seed(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    env.action_space.seed(args.seed + 1_000)  # not the task's seed: actions could equal its noise
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)

@@ -246,7 +246,7 @@ def train(args: Args) -> Path:
     eval_env = make_env(args, training=False)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 
-    rng = np.random.default_rng(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    rng = np.random.default_rng(args.seed + 1_000)  # not the task's seed: actions could equal its noise
     env.action_space.seed(args.seed + 2_000)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]

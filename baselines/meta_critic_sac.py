@@ -283,7 +283,7 @@ def train(args: Args) -> Path:
     fixed = task_name(args.env_id) in ("Hopper", "HalfCheetah", "Point2D")
     autotune = not fixed if args.autotune is None else args.autotune
 
-    env.action_space.seed(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    env.action_space.seed(args.seed + 1_000)  # not the task's seed: actions could equal its noise
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random]
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)

@@ -307,7 +307,7 @@ def train(args: Args) -> Path:
     shipped = Path(__file__).parents[1] / "demos" / f"{task_name(args.env_id)}-td3.npz"
     demonstrations = DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, device)
 
-    rng = np.random.default_rng(args.seed + 1_000)  # with the task's own seed, actions could equal its noise
+    rng = np.random.default_rng(args.seed + 1_000)  # not the task's seed: actions could equal its noise
     env.action_space.seed(args.seed + 2_000)
     obs, _ = env.reset(seed=args.seed)
     generators = [env.unwrapped.np_random, env.action_space.np_random, rng]

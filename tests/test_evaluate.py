@@ -110,7 +110,7 @@ def refusal(tool, *flags, box=False):
 
 
 def returns(policy, episodes, seed):
-    """Each episode's dense and sparse return, as the command prints their mean."""
+    """Each episode's own and sparse return, as the command prints their mean."""
     code, out, err = call(evaluate, policy, "--episodes", episodes, "--seed", seed)
     assert code == 0, err
     return [float(line.split()[-3]) for line in out.splitlines()[:3]]
@@ -128,7 +128,7 @@ def returns(policy, episodes, seed):
     ],
 )
 def test_both_returns_against_the_environments(name, changes):
-    """The dense return is the evaluation environment's, the sparse one the sparse training environment's."""
+    """The task's return is the evaluation environment's, the sparse one the sparse training environment's."""
     actor, script, args, _ = load_policy(SHIPPED / f"{name}.pt")
     policy = write_policy(
         Path("policy.pt"), script.__name__, actor.state_dict(), env_id=args.env_id, seed=4, **changes
@@ -217,7 +217,7 @@ def test_a_copied_and_edited_script(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["dense", "sparse", "steps"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["task", "sparse", "steps"]
     actor, script, args, _ = load_policy(run_dir / "policy.pt")
     assert script.__name__ == "my_experiment" and actor.net[0].out_features == 64
     assert (args.env_id, args.ws_frac, args.total_timesteps) == ("Point2D-v0", 0, 20)
