@@ -60,7 +60,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch >= 2.11, a C++ compiler
-    bf16: bool = False  # autocast the losses to bfloat16; slower on a CPU without bf16 instructions
+    bf16: bool = False  # autocast the critic's loss to bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -230,16 +230,15 @@ def critic_gradient(critic, target_critic, actor, batch, alpha, args):
     return gradient(loss, dict(critic.named_parameters())), {k: value.detach() for k, value in log.items()}
 
 
-def actor_gradient(actor, critic, obs, noise, alpha, args):
+def actor_gradient(actor, critic, obs, noise, alpha):
     """The gradient of Eq. (2) w.r.t. phi, as a dict by parameter name, log pi, and values to log."""
-    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, log_prob, _ = rl_loss(actor, critic, obs, noise, alpha)
+    loss, log_prob, _ = rl_loss(actor, critic, obs, noise, alpha)
     log = {"losses/actor_loss": loss.detach()}
     return gradient(loss, dict(actor.named_parameters())), log_prob.detach(), log
 
 
 def gild_gradients(actor, critic, gild, obs, demo, val_obs, noise, alpha, args):
-    """Lines 6 to 9 of Algorithm 1, in float32 despite --bf16; changes no parameter. `demo` is (s_d, a_d).
+    """Lines 6 to 9 of Algorithm 1, in float32; changes no parameter. `demo` is (s_d, a_d).
 
     `noise` is standard normal, (3, N, |A|), for the actions at s, s_d and s_val. Returns the gradients for
     phi (Eq. 7) and omega (Eq. 10), as dicts by parameter name, log pi at s, and values to log.
@@ -419,7 +418,7 @@ def train(args: Args) -> Path:
                 step(gild_optimizer, gild, omega_grad)  # Eq. (11)
             else:
                 noise = torch.randn_like(batch[1])
-                phi_grad, log_prob, actor_log = update_actor(actor, critic, batch[0], noise, alpha, args)
+                phi_grad, log_prob, actor_log = update_actor(actor, critic, batch[0], noise, alpha)
             step(actor_optimizer, actor, phi_grad)
             log |= actor_log | {"losses/alpha": alpha, "losses/log_prob": log_prob}
             if autotune:

@@ -59,7 +59,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch >= 2.11, a C++ compiler
-    bf16: bool = False  # autocast the losses to bfloat16; slower on a CPU without bf16 instructions
+    bf16: bool = False  # autocast the critic's loss to bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -207,15 +207,14 @@ def critic_gradient(critic, target_critic, target_actor, batch, args):
     return gradient(loss, dict(critic.named_parameters())), {k: value.detach() for k, value in log.items()}
 
 
-def actor_gradient(actor, critic, obs, args):
+def actor_gradient(actor, critic, obs):
     """The gradient of Eq. (2) w.r.t. phi, as a dict by parameter name, and values to log."""
-    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, _ = rl_loss(actor, critic, obs)
+    loss, _ = rl_loss(actor, critic, obs)
     return gradient(loss, dict(actor.named_parameters())), {"losses/actor_loss": loss.detach()}
 
 
 def gild_gradients(actor, critic, gild, obs, demo, val_obs, args):
-    """Lines 6 to 9 of Algorithm 1, in float32 despite --bf16; changes no parameter. `demo` is (s_d, a_d).
+    """Lines 6 to 9 of Algorithm 1, in float32; changes no parameter. `demo` is (s_d, a_d).
 
     Returns the gradients w.r.t. phi (Eq. 7) and omega (Eq. 10), as dicts by name, and values to log.
     """
@@ -388,7 +387,7 @@ def train(args: Args) -> Path:
                     )
                     step(gild_optimizer, gild, omega_grad)  # Eq. (11)
                 else:
-                    phi_grad, actor_log = update_actor(actor, critic, batch[0], args)
+                    phi_grad, actor_log = update_actor(actor, critic, batch[0])
                 step(actor_optimizer, actor, phi_grad)
                 update_target(target_critic, critic, args.tau)
                 update_target(target_actor, actor, args.tau)

@@ -61,7 +61,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch >= 2.11, a C++ compiler
-    bf16: bool = False  # autocast the losses to bfloat16; slower on a CPU without bf16 instructions
+    bf16: bool = False  # autocast the critic's loss to bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -259,10 +259,9 @@ def critic_gradient(critic, target_critic, actor, batch, alpha, args):
     return gradient(loss, dict(critic.named_parameters())), {k: value.detach() for k, value in log.items()}
 
 
-def actor_gradient(actor, critic, obs, noise, alpha, args):
+def actor_gradient(actor, critic, obs, noise, alpha):
     """The gradient of Eq. (2) w.r.t. phi, as a dict by parameter name, log pi, and values to log."""
-    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, log_prob = rl_loss(actor, critic, obs, noise, alpha)
+    loss, log_prob = rl_loss(actor, critic, obs, noise, alpha)
     log = {"losses/actor_loss": loss.detach()}
     return gradient(loss, dict(actor.named_parameters())), log_prob.detach(), log
 
@@ -381,7 +380,7 @@ def train(args: Args) -> Path:
             critic_grad, log = update_critic(critic, target_critic, actor, batch, alpha, args)
             step(critic_optimizer, critic, critic_grad)
             noise = torch.randn_like(batch[1])
-            phi_grad, log_prob, actor_log = update_actor(actor, critic, batch[0], noise, alpha, args)
+            phi_grad, log_prob, actor_log = update_actor(actor, critic, batch[0], noise, alpha)
             step(actor_optimizer, actor, phi_grad)
             log |= actor_log | {"losses/alpha": alpha, "losses/log_prob": log_prob}
             log |= denoiser_log | {"charts/surrogate_reward": surrogate}

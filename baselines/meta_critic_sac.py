@@ -56,7 +56,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch >= 2.11, a C++ compiler
-    bf16: bool = False  # autocast the losses to bfloat16; slower on a CPU without bf16 instructions
+    bf16: bool = False  # autocast the critic's loss to bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt

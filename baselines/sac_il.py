@@ -45,7 +45,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch >= 2.11, a C++ compiler
-    bf16: bool = False  # autocast the losses to bfloat16; slower on a CPU without bf16 instructions
+    bf16: bool = False  # autocast the critic's loss to bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -184,9 +184,8 @@ def critic_gradient(critic, target_critic, actor, batch, alpha, args):
 
 def actor_gradient(actor, critic, obs, demo, noise, alpha, args):
     """The gradient of Eq. (3) w.r.t. phi, as a dict by parameter name, log pi, and values to log."""
-    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, log_prob, q = rl_loss(actor, critic, obs, noise, alpha)
-        imitation_loss, distance = il_loss(actor, *demo)
+    loss, log_prob, q = rl_loss(actor, critic, obs, noise, alpha)
+    imitation_loss, distance = il_loss(actor, *demo)
     log = {"losses/actor_loss": loss.detach(), "charts/imitation_distance": distance.detach()}
     loss = rl_weight(q, args.il_beta) * loss + imitation_loss
     return gradient(loss, dict(actor.named_parameters())), log_prob.detach(), log

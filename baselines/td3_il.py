@@ -44,7 +44,7 @@ class Args:
     cuda: bool = True  # run on the GPU if there is one
     torch_threads: int = 1  # CPU threads of PyTorch
     compile: bool = False  # torch.compile the updates; slow to start, needs PyTorch >= 2.11, a C++ compiler
-    bf16: bool = False  # autocast the losses to bfloat16; slower on a CPU without bf16 instructions
+    bf16: bool = False  # autocast the critic's loss to bfloat16; slower on a CPU without bf16 instructions
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "gild"  # project in Weights & Biases
     keep_policies: bool = False  # keep the actor of every evaluation, runs/<run>/policies/<step>.pt
@@ -165,9 +165,8 @@ def critic_gradient(critic, target_critic, target_actor, batch, args):
 def actor_gradient(actor, critic, obs, demo, args):
     """The gradient of Eq. (3) w.r.t. phi, as a dict by parameter name, and values to log."""
     demo_obs, demo_action = demo
-    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, q = rl_loss(actor, critic, obs)
-        imitation_loss = il_loss(actor(demo_obs), demo_action)
+    loss, q = rl_loss(actor, critic, obs)
+    imitation_loss = il_loss(actor(demo_obs), demo_action)
     log = {"losses/actor_loss": loss.detach(), "charts/imitation_distance": imitation_loss.detach()}
     loss = rl_weight(q, args.il_beta) * loss + imitation_loss
     return gradient(loss, dict(actor.named_parameters())), log

@@ -91,8 +91,7 @@ class Learner:
             self.step("gild", omega_grad)
         else:
             noise = [torch.randn_like(action)] if self.sac else []
-            inputs = [self.actor, self.critic, obs, *noise]
-            phi_grad, *_, log = self.update_actor(*inputs, *self.alpha, self.args)
+            phi_grad, *_, log = self.update_actor(self.actor, self.critic, obs, *noise, *self.alpha)
         self.step("actor", phi_grad)
         self.log |= log
         self.script.update_target(self.target_critic, self.critic, self.args.tau)

@@ -396,7 +396,7 @@ def train(args: Args) -> Path:
                             omega_grad = scaled(omega_grad, scale)
                         step(gild_optimizer, gild, omega_grad)  # Eq. (11)
                 else:
-                    phi_grad, actor_log = update_actor(actor, critic, batch[0], args)
+                    phi_grad, actor_log = update_actor(actor, critic, batch[0])
                 step(actor_optimizer, actor, phi_grad)
                 update_target(target_critic, critic, args.tau)
                 update_target(target_actor, actor, args.tau)

@@ -126,7 +126,7 @@ def script_update(one, nets, optimizers, transitions, demo, val_obs, follows_f):
     if one.is_il:
         phi_grad, _ = script.actor_gradient(actor, critic, obs, demo, args)
     elif not follows_f:
-        phi_grad, _ = script.actor_gradient(actor, critic, obs, args)
+        phi_grad, _ = script.actor_gradient(actor, critic, obs)
     else:
         lam = [torch.tensor(LAMBDA).double()] if is_variant else []
         phi_grad, omega_grad, _ = script.gild_gradients(actor, critic, gild, obs, demo, val_obs, *lam, args)
