@@ -46,6 +46,7 @@ import threading
 import time
 import tomllib
 import uuid
+import zlib
 from collections import deque
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -248,9 +249,10 @@ def result(results: Path, study: str, variant: str, env_id: str, seed: int) -> P
 def find_run(runs: Path, run: Run) -> Path | None:
     """The folder of a run in the folder `runs`, finished or not; of several the one that got furthest.
 
-    A shorter run with the same arguments is one too, if its warm start is as long, or to the end: it is
-    extended.
+    A shorter run with the same arguments is one too, if its warm start is as long, or to the end, and nothing
+    else of it depends on its length: it is extended.
     """
+    scheduled = run.args.get("anneal_lr") or run.args.get("release") == "linear"
 
     def warm_start(args):
         share = args.get("ws_frac", 0)
@@ -263,6 +265,7 @@ def find_run(runs: Path, run: Run) -> Path | None:
             args.keys() == run.args.keys()
             and all(args[key] == run.args[key] for key in args.keys() - free)
             and args["total_timesteps"] <= run.args["total_timesteps"]
+            and (not scheduled or args["total_timesteps"] == run.args["total_timesteps"])
             and warm_start(args) == warm_start(run.args)
         )
 
@@ -350,6 +353,9 @@ def measure(run_dir: Path, total_timesteps: int, stopped=lambda: False) -> tuple
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     about = json.loads((run_dir / "args.json").read_text())
+    if about["args"].get("ws_frac", 1) < 1:  # an extended run's warm start kept its length
+        iterations = round(about["args"]["ws_frac"] * about["args"]["total_timesteps"])
+        about["args"]["ws_frac"] = min(1.0, iterations / total_timesteps)
     about["args"] |= {"total_timesteps": total_timesteps, "resume": None}
     return text.getvalue(), json.dumps({"script": script.__name__, **about}, indent=2) + "\n"
 
@@ -560,10 +566,13 @@ class Display:
         sys.stdout.flush()
 
 
-def lock_study(runs: Path, study: str) -> tuple[str, io.TextIOWrapper]:
-    """Locks the study, so that it is not run twice at a time. Returns the lock's text and its open file."""
-    runs.mkdir(exist_ok=True)
-    file = open(runs / f"{study}.lock", "a+")  # noqa: SIM115 (it stays open, and locked)
+def lock_study(folder: Path, study: str, todo: list[Run]) -> tuple[str, list[io.TextIOWrapper]]:
+    """Locks the study, so that it is not run twice at a time, and its runs, which another may have in common.
+
+    Returns the text of the study's lock, and the open files.
+    """
+    folder.mkdir(exist_ok=True)
+    file, shared = (open(folder / f"{name}.lock", "a+") for name in (study, "all"))  # noqa: SIM115
     with contextlib.suppress(ImportError):  # Windows has no fcntl
         import fcntl
 
@@ -571,11 +580,17 @@ def lock_study(runs: Path, study: str) -> tuple[str, io.TextIOWrapper]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{study} is being run by another process ({file.name} is locked)") from None
+        for run in todo:
+            place = zlib.crc32(f"{run.env_id}__{run.variant}__{run.seed}".encode())  # a byte to lock
+            try:
+                fcntl.lockf(shared, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except OSError:
+                raise InputError(f"{run.name} is being run by another study's sweep") from None
     token = uuid.uuid4().hex
     file.truncate(0)
     file.write(token)
     file.flush()
-    return token, file
+    return token, [file, shared]
 
 
 def seconds_per_step(results: Path) -> dict[tuple[str, str], float]:
@@ -617,8 +632,11 @@ def check_results(runs: list[Run], results: Path):
         if not path.exists():
             continue
         saved = json.loads(path.read_text())
+        if saved["script"] != run.script:
+            raise InputError(f"{path} was made by {saved['script']}, not {run.script}; rename the variant")
+        defaults = parse(run.script, [], try_task=False)
         for name, value in run.args.items():
-            old = saved["args"].get(name, value)  # a flag may be newer than the result
+            old = saved["args"].get(name, defaults[name])  # a flag may be newer than the result
             if name == "ws_frac":  # what counts is the warm start's length
                 old, value = (round(share * run.args["total_timesteps"]) for share in (old, value))
             if name not in ("cuda", "compile", "bf16") and old != value:
@@ -642,7 +660,7 @@ def main(args: Args):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     except ImportError as error:
         raise InputError(f"a sweep needs Ray: pip install -r requirements-optional.txt ({error})") from None
-    token, lock = lock_study(folder / "runs", study.name)
+    token, locks = lock_study(folder / "runs", study.name, todo)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if args.address:
@@ -685,7 +703,8 @@ def main(args: Args):
             display.end(run.name, outcome)
     display.bar.close()
     ray.shutdown()
-    lock.close()
+    for lock in locks:
+        lock.close()
     for name, reason in failed.items():
         print(f"{name} failed: {reason}", file=sys.stderr)
     if received_signals:

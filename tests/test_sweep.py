@@ -171,6 +171,11 @@ def test_a_study_that_is_stopped_and_started_again(study, expected):
     assert code == 0, err
     assert "resumed from step" in log(study, "ddpg")
     assert results(study) == expected
+    _, run = sweep.runs_of(sweep.load_study(study))
+    run_dir = sweep.find_run(study.parent / "runs", run)
+    # the warm start had 300 iterations
+    for steps, share in ((600, 0.5), (1200, 0.25), (300, 1)):
+        assert json.loads(sweep.measure(run_dir, steps)[1])["args"]["ws_frac"] == share
 
 
 def test_a_cluster_of_two_nodes_one_of_which_dies(study, expected, monkeypatch):
@@ -209,6 +214,7 @@ def test_a_cluster_of_two_nodes_one_of_which_dies(study, expected, monkeypatch):
 
 def test_a_failed_run_does_not_stop_the_others_and_no_training_outlives_the_sweep(study):
     """Of two runs one fails early; the other one would last for hours, but the sweep is killed."""
+    runs = sweep.runs_of(sweep.load_study(study))
     text = TOML.replace("Point2D-v0 = 600", "Point2D-v0 = 600_000").replace("baselines.ddpg", "broken")
     study.write_text(text)
     source = (ROOT / "baselines/ddpg.py").read_text()
@@ -218,7 +224,12 @@ def test_a_failed_run_does_not_stop_the_others_and_no_training_outlives_the_swee
     wait_for(lambda: "too far" in log(study, "ddpg"), process)
     wait_for(lambda: has_checkpoint(study, "ddpg-gild"), process)
     with pytest.raises(InputError, match="tiny is being run by another process"):
-        sweep.lock_study(study.parent / "runs", "tiny")
+        sweep.lock_study(study.parent / "runs", "tiny", [])
+    with pytest.raises(InputError, match="ddpg-gild-Point2D-1 is being run by another study's sweep"):
+        sweep.lock_study(study.parent / "runs", "other", runs[1:])
+    other = [replace(run, seed=2) for run in runs]
+    for lock in sweep.lock_study(study.parent / "runs", "other", other)[1]:
+        lock.close()
     child = training_of(study, "ddpg-gild")
     assert is_alive(child)
     process.kill()
@@ -238,8 +249,9 @@ def test_a_failed_run_does_not_stop_the_others_and_no_training_outlives_the_swee
 
 def test_the_committed_studies_are_sound():
     for path in (ROOT / "benchmark/studies").glob("*.toml"):
-        study = sweep.load_study(path)
-        assert sweep.runs_of(study), path
+        runs = sweep.runs_of(sweep.load_study(path))
+        assert runs, path
+        sweep.check_results(runs, ROOT / "benchmark/results")
 
 
 def test_runs_come_seed_by_seed(study):
@@ -326,15 +338,20 @@ def test_results_of_other_arguments_are_refused(study):
         ({"total_timesteps": 800}, True),
         ({"cuda": True, "compile": True, "bf16": True}, False),
     ):
-        sweep.write(path, json.dumps({"args": run.args | changes}).encode())
+        sweep.write(path, json.dumps({"script": run.script, "args": run.args | changes}).encode())
         if refused:
             with pytest.raises(InputError, match=f"with {next(iter(changes))} "):
                 sweep.check_results([run], study.parent)
         else:
             sweep.check_results([run], study.parent)
     older = {name: value for name, value in run.args.items() if name != "gild_lr"}
-    sweep.write(path, json.dumps({"args": older}).encode())
+    sweep.write(path, json.dumps({"script": run.script, "args": older}).encode())
     sweep.check_results([run], study.parent)  # made before there was that flag
+    with pytest.raises(InputError, match=r"with gild_lr 0\.0001, not 1e-05"):
+        sweep.check_results([replace(run, args=run.args | {"gild_lr": 1e-5})], study.parent)
+    sweep.write(path, json.dumps({"script": "baselines.ddpg_il", "args": run.args}).encode())
+    with pytest.raises(InputError, match=r"by baselines\.ddpg_il, not gild_ddpg"):
+        sweep.check_results([run], study.parent)
 
 
 def test_a_dry_run_lists_and_writes_nothing(study, capsys):
@@ -380,3 +397,8 @@ def test_a_run_is_found_by_its_arguments(study):
     assert sweep.find_run(folder / "runs", to_the_end) is None
     shorter = fake_run(folder, run, 300, total_timesteps=400, ws_frac=1.0)
     assert sweep.find_run(folder / "runs", to_the_end) == shorter
+    annealed = replace(run, args=run.args | {"anneal_lr": True})
+    fake_run(folder, annealed, 400, total_timesteps=400, ws_frac=0.75)
+    assert sweep.find_run(folder / "runs", annealed) is None  # its learning rate has come to 0
+    whole = fake_run(folder, annealed, 300)
+    assert sweep.find_run(folder / "runs", annealed) == whole
