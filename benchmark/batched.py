@@ -125,8 +125,8 @@ def batches(runs: list[Run]) -> list[list[Learner]]:
 
 
 def demonstrations_of(args) -> DemonstrationBuffer:
-    env, path = make_env(args, training=True), ROOT / "demos" / f"{task_name(args.env_id)}-td3.npz"
-    return DemonstrationBuffer(path, args.env_id, env, torch.device("cpu"))
+    env, shipped = make_env(args, training=True), ROOT / "demos" / f"{task_name(args.env_id)}-td3.npz"
+    return DemonstrationBuffer(args.demo_path or shipped, args.env_id, env, torch.device("cpu"))
 
 
 def first_weights(args, fit="") -> dict[str, dict[str, np.ndarray]]:
@@ -134,8 +134,8 @@ def first_weights(args, fit="") -> dict[str, dict[str, np.ndarray]]:
     demonstrations = demonstrations_of(args)
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     torch.manual_seed(args.seed)
-    critic = Critic(*shape, args.critic_norm)
-    nets = {"actor": Actor(*shape), "critic": critic, "gild": GILD(*shape)}
+    nets = {"actor": Actor(*shape)}  # in the script's order
+    nets |= {"critic": Critic(*shape, args.critic_norm), "gild": GILD(*shape)}
     if fit:
         FITS[fit](nets["gild"], demonstrations)
     return {name: {k: p.numpy() for k, p in net.state_dict().items()} for name, net in nets.items()}

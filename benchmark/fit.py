@@ -84,10 +84,11 @@ def describe_run(run_dir: Path):
     shape = demonstrations.obs.shape[1], demonstrations.actions.shape[1]
     actor, gild = Actor(*shape), GILD(*shape)
     actor.load_state_dict(checkpoint["actor"])
-    fitted = {k: torch.from_numpy(p) for k, p in first_weights(args, args.gild_fit)["gild"].items()}
+    fit = args.gild_fit if args.gild_init == "imitation" else ""
+    first = {k: torch.from_numpy(p) for k, p in first_weights(args, fit)["gild"].items()}
     head = ["f", "slope", "slope at a_d", "cosine with the imitation error's", "the same for all"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for name, weights in (("as fitted", fitted), ("as learned", checkpoint["gild"])):
+    for name, weights in (("as fitted" if fit else "at first", first), ("as learned", checkpoint["gild"])):
         gild.load_state_dict(weights)
         cells = [f"{value:.3f}" for value in describe(gild, actor, demonstrations)]
         print(f"| {' | '.join([name, *cells])} |")

@@ -14,6 +14,7 @@ adds a table of the mean return in that span and of the distance at that step.
 
 import json
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -306,18 +307,20 @@ def has_time(run) -> bool:
 
 
 def time_table(study: Study, runs) -> str:
-    """The layout of the paper's Table 3: wall time as a ratio to the vanilla algorithm's."""
-    minutes, lines = {}, []  # per 100,000 steps, a mean over tasks and seeds
+    """The layout of the paper's Table 3: wall time as a ratio to vanilla on the same tasks."""
+    minutes, lines = defaultdict(dict), []  # per 100,000 steps, a mean over seeds, by variant and task
     for key in study.variants:
-        tables = [run for variants in runs.values() for run in variants.get(key, {}).values()]
-        times = [run["wall_time"][-1] / run["global_step"][-1] for run in tables if has_time(run)]
-        if times:
-            minutes[key] = np.mean(times) * 100_000 / 60
-    for key, time in minutes.items():
+        for task, variants in runs.items():
+            tables = [run for run in variants.get(key, {}).values() if has_time(run)]
+            if tables:
+                times = [run["wall_time"][-1] / run["global_step"][-1] for run in tables]
+                minutes[key][task] = np.mean(times) * 100_000 / 60
+    for key, times in minutes.items():
         row, vanilla = study.variants[key].paper, algorithm(study, key)
-        ratio = f"{time / minutes[vanilla]:.2f}" if vanilla in minutes else ""
+        pairs = [(time, minutes[vanilla][task]) for task, time in times.items() if task in minutes[vanilla]]
+        ratio = f"{np.divide(*np.mean(pairs, 0)):.2f}" if pairs else ""
         paper = f"{TABLE3[row] / TABLE3[vanilla.upper()]:.2f}" if ratio and row in TABLE3 else ""
-        lines.append([study.variants[key].name, plain(time), ratio, paper])
+        lines.append([study.variants[key].name, plain(np.mean(list(times.values()))), ratio, paper])
     return (
         markdown(["", "minutes per 100,000 steps", "ratio to vanilla", "ratio in the paper"], lines)
         if lines
@@ -485,9 +488,10 @@ def aggregate_figure(study: Study, runs, folder: Path) -> str:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     path = save_figure(fig, folder, f"{study.name}-scores")
-    caption = f"{SECOND_HALF.capitalize()}, {', '.join(runs)}, {seeds_of(runs)}"
+    seeds = seeds_of({task: {key: variants[key] for key in tables} for task, variants in runs.items()})
+    caption = f"{SECOND_HALF.capitalize()}, {', '.join(runs)}, {seeds}"
     lines = "black lines and bands" if len(tables) <= 6 else "black lines"
-    caption += "" if seeds_of(runs) == "one seed" else f"; {lines}: 95 % bootstrap intervals"
+    caption += "" if seeds == "one seed" else f"; {lines}: 95 % bootstrap intervals"
     return f"![{study.name}: normalised scores]({path})\n\n*{caption}; right in the bars' colors.*\n"
 
 

@@ -20,6 +20,7 @@ from baselines.common import evaluate, make_env
 from benchmark import batched, report
 from benchmark.gild_td3_variants import omega_direction
 from benchmark.sweep import load_study, runs_of, seconds_per_step
+from demos.collect import save_demonstrations
 from gild_td3 import GILD, Actor, Args, Critic, act, clone
 from tests.conftest import ROOT
 
@@ -186,6 +187,23 @@ def test_a_batch_fits_f_as_the_runs_flags_say(tmp_path):
     assert fits == {"td3": "", "gild": "demonstrations", "closer": "differences", "random": ""}
     first = batched.first_weights(learners["closer"].args, "differences")["gild"]["net.0.weight"]
     assert (first[:, :2] == 0).all() and (first[:, 2:4] == -first[:, 4:]).all() and first[:, 4:].any()
+
+
+def test_a_batch_starts_with_the_scripts_first_weights(tmp_path):
+    one = made(study(tmp_path))[0]
+    torch.manual_seed(one.args.seed)
+    nets = {"actor": Actor(2, 2), "critic": Critic(2, 2), "gild": GILD(2, 2)}  # in gild_td3.train's order
+    found = batched.first_weights(one.args)
+    for name, net in nets.items():
+        for key, parameter in net.state_dict().items():
+            assert np.array_equal(found[name][key], parameter)
+
+
+def test_the_demonstrations_of_a_run_are_those_of_its_flags(tmp_path):
+    """For benchmark.fit --run; batches leave such runs out."""
+    save_demonstrations(tmp_path / "mine.npz", "Point2D-v0", np.ones((7, 2)), np.zeros((7, 2)))
+    args = Args(env_id="Point2D-v0", demo_path=str(tmp_path / "mine.npz"))
+    assert batched.demonstrations_of(args).obs.tolist() == 7 * [[1, 1]]
 
 
 def test_actions_have_noise_and_only_the_critics_gradients_are_in_bfloat16(tmp_path):
