@@ -315,7 +315,7 @@ def test_three_tasks_have_a_column_each(tmp_path, monkeypatch):
     report.curves(study, runs, tmp_path)
     titles = [axis.get_title() for axis in figures[0].axes]
     assert titles == [f"{task} ({row} of 2)" for row in (1, 2) for task in runs]
-    assert [len(axis.get_lines()) for axis in figures[0].axes] == [6, 6, 6, 6, 6, 5]
+    assert [len(axis.get_lines()) for axis in figures[0].axes] == [7, 7, 7, 6, 6, 5]
 
 
 def test_the_line_of_the_demonstrations():
