@@ -478,3 +478,16 @@ def test_behavior_trajectories_are_the_demonstrated_episodes():
 def test_smoothing():
     assert figure4.smooth(np.array([0.0, 3, 6, 3, 0]), 3).tolist() == [1.5, 3, 4, 3, 1.5]
     assert figure4.smooth(np.ones(3), 5).tolist() == [1, 1, 1]
+
+
+def test_a_ratio_of_times_is_over_the_tasks_that_both_have(study):
+    """GILD takes twice as long on Hopper, 20 times on Walker2d, where TD3 has no result."""
+    for seed in (1, 2, 3):
+        sweep.result(study.parent, "made", "td3", "Walker2d-v4", seed).unlink()
+    path = sweep.result(study.parent, "made", "td3-gild", "Walker2d-v4", 1)
+    head, *lines = [line.rsplit(",", 1) for line in path.read_text().splitlines()]
+    path.write_text("\n".join([",".join(head), *(f"{row},{10 * float(time)}" for row, time in lines)]))
+    made = sweep.load_study(study)
+    table = report.time_table(made, report.load(made, study.parent))
+    (row,) = [line for line in table.splitlines() if line.startswith("| TD3+GILD |")]
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["183", "2.00"]
