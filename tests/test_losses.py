@@ -164,17 +164,14 @@ def test_the_imitation_loss(gild_script, algorithm, nets, batch):
 
 @pytest.mark.parametrize("name", ["baselines.{}", "baselines.{}_il"])
 def test_the_baselines_actor_gradient(algorithm, name, nets, batch):
-    """Eq. (2), and Eq. (3): w_rl L_RL + L_IL with w_rl = beta / mean |Q(s, phi(s))|. Both log L_RL.
-
-    In float32, --bf16 or not, as GILD's: the methods would not be comparable otherwise.
-    """
+    """Eq. (2), and Eq. (3): w_rl L_RL + L_IL with w_rl = beta / mean |Q(s, phi(s))|. Both log L_RL."""
     script, inputs = import_module(name.format(algorithm)), rl_inputs(algorithm, nets, batch)
     loss, q = expected_rl_loss(*inputs)
     expected_log = loss.detach()
     demo, args = [], []
     if name.endswith("il"):
         pairs = torch.randn(N, OBS_DIM), torch.rand(N, ACTION_DIM) * 1.8 - 0.9
-        demo, args = [pairs], [script.Args(il_beta=BETA, bf16=True)]
+        demo, args = [pairs], [script.Args(il_beta=BETA)]
         w_rl = BETA / q.detach().abs().mean()
         loss = w_rl * loss + expected_il_loss(nets[0], *pairs, algorithm == "sac")
     found, *log_prob, log = script.actor_gradient(*inputs[:3], *demo, *inputs[3:], *args)
@@ -227,6 +224,19 @@ def test_bf16_rounds_the_critics_loss(vanilla_script, algorithm):
     exact, rounded = gradients
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.999
+
+
+def test_bf16_leaves_the_actors_alone(algorithm):
+    """GILD's steps are in float32, so methods would not be comparable otherwise. Vanilla's sees no flag."""
+    torch.manual_seed(0)
+    script = import_module(f"baselines.{algorithm}_il")
+    actor, critic = script.Actor(OBS_DIM, ACTION_DIM), script.Critic(OBS_DIM, ACTION_DIM)
+    demo = torch.randn(N, OBS_DIM), torch.rand(N, ACTION_DIM) * 1.8 - 0.9
+    noise = [torch.randn(N, ACTION_DIM), torch.tensor(0.2)] if algorithm == "sac" else []
+    inputs = actor, critic, torch.randn(N, OBS_DIM), demo, *noise
+    exact, other = (script.actor_gradient(*inputs, script.Args(bf16=bf16))[0] for bf16 in (False, True))
+    assert exact["net.0.weight"].dtype == torch.float32
+    assert all(torch.equal(exact[name], other[name]) for name in exact)
 
 
 def test_only_a_terminal_state_ends_the_bootstrap(vanilla_script, tmp_path):
