@@ -14,7 +14,7 @@ from tests.conftest import ALGORITHMS, ROOT
 
 FORMS = "gild_{}.py", "baselines/{}.py", "baselines/{}_il.py"
 SCRIPTS = [form.format(algorithm) for form in FORMS for algorithm in ALGORITHMS]
-LONGEST = {"gild_ddpg.py": 407, "gild_td3.py": 417, "gild_sac.py": 452}  # lines before PLUMBING
+LONGEST = {"gild_ddpg.py": 406, "gild_td3.py": 416, "gild_sac.py": 451}  # lines before PLUMBING
 
 
 def algorithm_part(script):
