@@ -655,6 +655,8 @@ def train(learners: list[Learner], processes: int, args: Args):
         about = {"script": run.script, "args": run.args}
         about |= {"batch": {"runs": len(learners), "device": where, "seconds": round(time.time() - began)}}
         about |= {"versions": versions}
+        if run.script != "benchmark.gild_td3_variants":  # which alone evaluates its clone
+            table = [row for row in table if row["global_step"] > 0]
         path = result_of(run, args.results)
         write(path.with_suffix(".json"), (json.dumps(about, indent=2) + "\n").encode())
         write(path, as_csv(table))

@@ -280,7 +280,7 @@ def find_run(runs: Path, run: Run) -> Path | None:
 def read_log(run_dir: Path) -> tuple[dict[str, dict[int, float]], dict[int, float]]:
     """A run's TensorBoard log: its scalars by name and step, and the seconds of training up to each step.
 
-    A resumed run has a file per attempt. Later ones repeat what came after the checkpoint, and the time in
+    A resumed run has a file per attempt. Later ones replace what came after the checkpoint, and the time in
     between does not count.
     """
     scalars, seconds = {}, {0: 0.0}
@@ -290,7 +290,10 @@ def read_log(run_dir: Path) -> tuple[dict[str, dict[int, float]], dict[int, floa
         if not values:
             continue
         first = min(event.step for event in values)
-        before = seconds[max((step for step in seconds if step < first), default=0)]
+        for logged in (seconds, *scalars.values()):
+            for step in [step for step in logged if step >= max(first, 1)]:
+                del logged[step]
+        before = seconds[max(seconds)]
         for event in values:
             seconds[event.step] = before + event.wall_time - events[0].wall_time
             for value in event.summary.value:

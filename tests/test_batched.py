@@ -269,6 +269,14 @@ def test_a_study_ends_with_results_twice_the_same(tmp_path):
     assert report.time_table(some, report.load(some, tmp_path / "a")) == ""
 
 
+def test_only_the_variants_evaluate_their_clone(tmp_path):
+    """As in the scripts, which have no row for step 0."""
+    runs = {"gild": "gild_td3 --gild-init random", "capped": CAPPED}
+    train(study(tmp_path, runs, "--clone-steps 2 --eval-frequency 40 --eval-episodes 1", steps=50), "a")
+    steps = {run: [row["global_step"] for row in rows_of(f"a/some/{run}-Point2D-3.csv")] for run in runs}
+    assert steps == {"gild": ["40", "50"], "capped": ["0", "40", "50"]}
+
+
 def test_nothing_outlives_a_study_that_is_killed(tmp_path):
     process = start(study(tmp_path, {"td3": "baselines.td3"}, flags="--eval-frequency 41", steps=10**5), "a")
     while "step 82" not in process.stdout.readline():  # it learns

@@ -149,12 +149,17 @@ def test_bootstrap_against_all_resamples():
 
 
 def test_scores_of_a_run():
-    run = np.array([(1.0,), (7.0,), (2.0,), (3.0,), (5.0,), (4.0,)], dtype=[("return_mean", float)])
+    steps, returns = [5, 10, 15, 20, 25, 30], [1.0, 7.0, 2.0, 3.0, 5.0, 4.0]
+    columns = [("global_step", int), ("return_mean", float)]
+    run = np.array([*zip(steps, returns, strict=True)], columns)
     values = {
         name: report.SCORES[name](run) for name in report.SCORES if "return" not in name and "mean" in name
     }
     assert values["mean of the last five"] == 4.2 and values["mean of the second half"] == 4
     assert report.SCORES["best evaluation"](run) == 7 and report.SCORES["last evaluation"](run) == 4
+    for rows in (run, run[:5]):  # with a row for step 0 or without: the same half
+        with_start = np.concatenate([np.array([(0, 9.0)], columns), rows])
+        assert report.SCORES[report.SECOND_HALF](with_start) == report.SCORES[report.SECOND_HALF](rows)
 
 
 def test_numbers_have_no_meaningless_digits():
@@ -315,7 +320,7 @@ def test_three_tasks_have_a_column_each(tmp_path, monkeypatch):
     report.curves(study, runs, tmp_path)
     titles = [axis.get_title() for axis in figures[0].axes]
     assert titles == [f"{task} ({row} of 2)" for row in (1, 2) for task in runs]
-    assert [len(axis.get_lines()) for axis in figures[0].axes] == [7, 7, 7, 6, 6, 5]
+    assert [len(axis.get_lines()) for axis in figures[0].axes] == [6, 6, 6, 6, 6, 5]
 
 
 def test_the_line_of_the_demonstrations():
@@ -334,6 +339,19 @@ def test_a_profile_of_many_variants_has_no_bands(variants, bands, tmp_path, monk
     text = report.aggregate_figure(study, {"Point2D": {key: seeds for key in keys}}, tmp_path)
     assert len(figures[0].axes[1].collections) == bands
     assert ("bands" in text) == (bands > 0)
+
+
+def test_the_caption_of_the_scores_counts_the_seeds_of_the_variants_shown(tmp_path, monkeypatch):
+    """Not those of a variant that has not run on every task."""
+    study = sweep.load_study(ROOT / "benchmark" / "studies" / "headline.toml")
+    rows = [("global_step", float), ("return_mean", float)]
+    seeds = {seed: np.array([(1000, 5.0), (2000, 6.0)], rows) for seed in (1, 2, 3)}
+    runs = {task: {"td3": seeds, "td3-il": seeds} for task in ("Hopper", "HalfCheetah", "Walker2d")}
+    runs["Hopper"]["td3-gild-end-frozen"] = {1: seeds[1]}
+    monkeypatch.setattr(report, "save_figure", lambda *_: "")
+    assert "HalfCheetah, Walker2d, 3 seeds;" in report.aggregate_figure(study, runs, tmp_path)
+    runs["Walker2d"]["td3"] = {1: seeds[1]}
+    assert "1 to 3 seeds;" in report.aggregate_figure(study, runs, tmp_path)
 
 
 def test_one_task_seed_and_variant(tmp_path):

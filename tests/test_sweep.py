@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from benchmark import sweep
 from benchmark.report import algorithm
@@ -210,6 +211,17 @@ def test_a_cluster_of_two_nodes_one_of_which_dies(study, expected, monkeypatch):
         assert len(list((study.parent / "runs").glob("*/policies/600.pt"))) == 2  # brought back
     finally:
         cluster.shutdown()
+
+
+def test_a_later_attempt_replaces_what_the_one_before_had_after_the_checkpoint(tmp_path):
+    for attempt, steps in enumerate(([10, 20, 30, 45], [25, 35])):
+        writer = SummaryWriter(tmp_path, filename_suffix=f".{attempt}")  # names begin with the second
+        for second, step in enumerate(steps, 1):
+            writer.add_scalar("some", 100 * attempt + step, step, walltime=1e9 + 1e3 * attempt + second)
+        writer.close()
+    scalars, seconds = sweep.read_log(tmp_path)
+    assert scalars == {"some": {10: 10, 20: 20, 25: 125, 35: 135}}
+    assert sorted(seconds) == [0, 10, 20, 25, 35]
 
 
 def test_a_failed_run_does_not_stop_the_others_and_no_training_outlives_the_sweep(study):

@@ -2,13 +2,16 @@
 
 import math
 from copy import deepcopy
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import gild_td3
 from benchmark import fit
 from benchmark import gild_td3_variants as variants
+from demos.collect import save_demonstrations
 from tests.conftest import ROOT, call, same, short_run
 from tests.soak import assert_same_run
 
@@ -194,6 +197,22 @@ def test_a_run_is_described(tmp_path, capsys):
     (tmp_path / "args.json").write_text('{"args": {')
     with pytest.raises(fit.InputError, match="is no run of"):
         fit.main(fit.Args(run=tmp_path))
+
+
+@pytest.mark.parametrize(("init", "name"), [("imitation", "as fitted"), ("random", "at first")])
+def test_a_frozen_f_is_described_as_it_was_at_first(init, name, tmp_path, capsys, monkeypatch):
+    """With the run's own start and demonstrations."""
+    short_fit = partial(variants.FITS["demonstrations"], iterations=20)
+    monkeypatch.setitem(variants.FITS, "demonstrations", short_fit)
+    rng = np.random.default_rng(0)
+    path = tmp_path / "mine.npz"
+    save_demonstrations(path, "Point2D-v0", rng.uniform(0, 1, (40, 2)), rng.uniform(-1, 1, (40, 2)))
+    flags = ["--gild-init", init, "--demo-path", path, "--gild-lr", "0"]
+    assert call(variants, *FLAGS.split(), *flags)[0] == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    fit.main(fit.Args(run=run_dir))
+    first, learned = (line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[-2:])
+    assert first[0].strip() == name and first[1:] == learned[1:]
 
 
 @pytest.mark.parametrize("choice", variants.FITS)
