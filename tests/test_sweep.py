@@ -261,8 +261,9 @@ def test_a_failed_run_does_not_stop_the_others_and_no_training_outlives_the_swee
 
 def test_the_committed_studies_are_sound():
     for path in (ROOT / "benchmark/studies").glob("*.toml"):
-        runs = sweep.runs_of(sweep.load_study(path))
-        assert runs, path
+        study = sweep.load_study(path)
+        runs = sweep.runs_of(study)
+        assert runs or all(variant.elsewhere for variant in study.variants.values()), path
         sweep.check_results(runs, ROOT / "benchmark/results")
 
 
