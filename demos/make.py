@@ -3,9 +3,10 @@
     python -m demos.make --env-id Walker2d-v4 --algo td3
 
 The Expert is `python -m baselines.ALGO --dense`. Its Behavior policy is the first evaluation whose mean
-return lies between 40 % and 60 % of the Expert's, over 10 episodes and again over 20 others. The Expert's
-return is that of EXPERTS, or with --expert, which trains to the end, the run's own best. Training stops when
-the policy is found. After Ctrl-C or SIGTERM, the same command resumes it.
+return lies between 40 % and 60 % of the Expert's (--band), over 10 episodes and again over 20 others. The
+Expert's return is that of EXPERTS, or with --expert, which trains to the end, the run's own best. Training
+stops when the policy is found. After Ctrl-C or SIGTERM the same command resumes it. With a higher --band and
+another --out, a later policy of the same training is taken.
 """
 
 import contextlib
@@ -49,6 +50,7 @@ class Args:
     env_id: str = "Hopper-v4"  # Gymnasium id of a task in EXPERTS
     algo: Literal["ddpg", "td3", "sac"] = "td3"  # the vanilla algorithm
     expert: bool = False  # train to the end first, and take the run's own best evaluation for the Expert's
+    band: tuple[float, float] | None = None  # Behavior / Expert, from and to; None: 0.4 0.6, Point2D 0.5 0.9
     seed: int = 1  # seed of the training
     total_timesteps: int = 1_000_000  # environment steps of the training, at most
     compile: bool = False  # compile the training's updates: faster, with different rounding
@@ -155,6 +157,9 @@ def main(args: Args):
     task = args.env_id.split("-v")[0]
     if task not in EXPERTS:
         raise InputError(f"--env-id {args.env_id} has no Expert's return; there are {', '.join(EXPERTS)}")
+    band = args.band or BANDS[task]
+    if not 0 <= band[0] < band[1]:
+        raise InputError(f"--band {band[0]} {band[1]}: the lower share comes first, and none is negative")
     policy, out = args.out / f"policies/{task}-{args.algo}.pt", args.out / f"{task}-{args.algo}.npz"
     try:
         policy.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,7 @@ def main(args: Args):
         for run_dir, ended in states:
             if args.expert:
                 expert = max(evaluations(run_dir).values()) if ended else math.inf
-            low, high = (share * expert for share in BANDS[task])
+            low, high = (share * expert for share in band)
             step = behavior(run_dir, low, high, explore, known)
             if step or ended:
                 break

@@ -379,8 +379,9 @@ def plant(policies, name="Point2D-v0__td3-expert__1__1.000000"):
         *(f"{step},{mean},0.0" for step, (mean, _) in policies.items()),
     ]
     (run_dir / "evaluations.csv").write_text("\n".join(rows) + "\n")
-    for step, (_, policy) in policies.items():
-        (run_dir / f"policies/{step}.pt").write_bytes(Path(policy).read_bytes())
+    for step, (_, policy) in policies.items():  # the step tells them apart
+        saved = torch.load(policy, weights_only=True) | {"global_step": step}
+        torch.save(saved, run_dir / f"policies/{step}.pt")
     return run_dir
 
 
@@ -453,6 +454,18 @@ def test_the_expert_is_trained_to_the_end(tmp_path, monkeypatch):
     load(tmp_path / "Point2D-td3.npz")
 
 
+def test_a_higher_band_takes_a_later_policy_of_the_same_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(PAIRS, "Point2D", 200)
+    good = SHIPPED / "Point2D-td3.pt"
+    plant({250: (60.0, good), 500: (70.0, good), 750: (80.0, good)})
+    monkeypatch.setattr(make, "start", lambda command: pytest.fail("a training was started"))
+    for step, band in ((250, None), (500, (0.8, 0.9))):  # of 83.8
+        out = tmp_path / str(step)
+        make.main(make.Args("Point2D-v0", "td3", band=band, out=out))
+        assert load_policy(out / "policies/Point2D-td3.pt")[-1] == step
+        load(out / "Point2D-td3.npz")
+
+
 def test_a_finished_run_is_not_trained_again(monkeypatch):
     """The trainer would refuse it: there is nothing to do."""
     good = SHIPPED / "Point2D-td3.pt"
@@ -465,6 +478,8 @@ def test_a_finished_run_is_not_trained_again(monkeypatch):
 
 def test_what_make_refuses(monkeypatch, trainings, tmp_path):
     assert "Pendulum-v1 has no Expert's return" in refusal(make, "--env-id", "Pendulum-v1", "--out", ".")
+    backwards = "--env-id", "Point2D-v0", "--band", "0.9", "0.8", "--out", "."
+    assert "--band 0.9 0.8: the lower share comes first" in refusal(make, *backwards)
     Path("file").touch()
     assert "--out" in refusal(make, "--env-id", "Point2D-v0", "--out", "file")
     Path("policies").mkdir()
