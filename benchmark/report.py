@@ -318,7 +318,8 @@ def time_table(study: Study, runs) -> str:
                 minutes[key][task] = np.mean(times) * 100_000 / 60
     for key, times in minutes.items():
         row, vanilla = study.variants[key].paper, algorithm(study, key)
-        pairs = [(time, minutes[vanilla][task]) for task, time in times.items() if task in minutes[vanilla]]
+        base = minutes.get(vanilla, {})
+        pairs = [(time, base[task]) for task, time in times.items() if task in base]
         ratio = f"{np.divide(*np.mean(pairs, 0)):.2f}" if pairs else ""
         paper = f"{TABLE3[row] / TABLE3[vanilla.upper()]:.2f}" if ratio and row in TABLE3 else ""
         lines.append([study.variants[key].name, plain(np.mean(list(times.values()))), ratio, paper])

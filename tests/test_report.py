@@ -509,3 +509,12 @@ def test_a_ratio_of_times_is_over_the_tasks_that_both_have(study):
     table = report.time_table(made, report.load(made, study.parent))
     (row,) = [line for line in table.splitlines() if line.startswith("| TD3+GILD |")]
     assert [cell.strip() for cell in row.split("|")[2:4]] == ["183", "2.00"]
+
+
+def test_times_have_no_ratio_without_the_vanilla_algorithm(study):
+    for task in ("Hopper-v4", "Walker2d-v4"):
+        for seed in (1, 2, 3):
+            sweep.result(study.parent, "made", "td3", task, seed).unlink()
+    made = sweep.load_study(study)
+    lines = report.time_table(made, report.load(made, study.parent)).splitlines()[2:]
+    assert len(lines) > 1 and {line.split("|")[3].strip() for line in lines} == {""}
